@@ -1,0 +1,114 @@
+"""Bits: what an array really occupies, and how masks and codes are packed.
+
+Everything is packed along the *last* axis, so that every other axis of a packed
+array is an axis of the tensor it stands for and can be sliced, mapped or sharded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+# XLA stores these widths packed; every other width is held as bit planes.
+_NATIVE = {
+    (2, True): jnp.int2,
+    (4, True): jnp.int4,
+    (8, True): jnp.int8,
+    (2, False): jnp.uint2,
+    (4, False): jnp.uint4,
+    (8, False): jnp.uint8,
+}
+
+
+def dtype_bits(dtype: Any) -> int:
+    """Returns the bits one element of ``dtype`` occupies (`.itemsize` is wrong below 8)."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(ml_dtypes.iinfo(dtype).bits)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return int(ml_dtypes.finfo(dtype).bits)
+    return 8 * dtype.itemsize
+
+
+def array_bits(x: Any) -> int:
+    """Returns the bits an array, tracer or shape-dtype struct occupies."""
+    return math.prod(x.shape) * dtype_bits(x.dtype)
+
+
+def packed_length(n: int) -> int:
+    """Returns the number of bytes that hold ``n`` bits."""
+    return -(-n // 8)
+
+
+def pack_bits(x: jax.Array) -> jax.Array:
+    """Packs booleans along the last axis, first element in the lowest bit.
+
+    Args:
+      x: booleans, shape `[..., n]`.
+
+    Returns:
+      `uint8` of shape `[..., ceil(n / 8)]`; the bits beyond `n` are zero.
+    """
+    return jnp.packbits(x, axis=-1, bitorder="little")
+
+
+def unpack_bits(packed: jax.Array, n: int) -> jax.Array:
+    """Undoes :func:`pack_bits`: `[..., ceil(n / 8)]` bytes to `[..., n]` booleans."""
+    return jnp.unpackbits(packed, axis=-1, count=n, bitorder="little").astype(bool)
+
+
+def has_planes(bits: int) -> bool:
+    """Says whether codes of this width are held as bit planes instead of a JAX integer type."""
+    return (bits, True) not in _NATIVE
+
+
+def pack_codes(codes: jax.Array, *, bits: int, signed: bool) -> jax.Array:
+    """Packs integer codes to ``bits`` bits each.
+
+    Widths 2, 4 and 8 become `jnp.int2/int4/int8` (or unsigned), which XLA packs.
+    Other widths become bit planes: plane `b` holds bit `b` of two's complement.
+
+    Args:
+      codes: integers in the range of the width, shape `[..., n]`.
+      bits: width of a code, 1 to 8.
+      signed: whether codes are two's complement.
+
+    Returns:
+      `[..., n]` of a packed integer type, or `uint8` planes `[..., bits, ceil(n / 8)]`.
+    """
+    if not has_planes(bits):
+        return codes.astype(_NATIVE[bits, signed])
+    wide = codes.astype(jnp.int32)[..., None, :]
+    planes = (wide >> jnp.arange(bits, dtype=jnp.int32)[:, None]) & 1
+    return pack_bits(planes.astype(bool))
+
+
+def unpack_codes(packed: jax.Array, n: int, *, bits: int, signed: bool) -> jax.Array:
+    """Undoes :func:`pack_codes`.
+
+    Args:
+      packed: what :func:`pack_codes` returned.
+      n: length of the last axis of the codes.
+      bits: width of a code.
+      signed: whether codes are two's complement.
+
+    Returns:
+      `int32` codes, shape `[..., n]`.
+    """
+    if not has_planes(bits):
+        return packed.astype(jnp.int32)
+    planes = unpack_bits(packed, n).astype(jnp.int32)
+    weights = [1 << b for b in range(bits)]
+    if signed:
+        weights[-1] = -weights[-1]
+    return jnp.sum(planes * jnp.array(weights, jnp.int32)[:, None], axis=-2)
+
+
+def is_concrete(x: Any) -> bool:
+    """Says whether ``x`` holds values now (not a tracer, not a shape-dtype struct)."""
+    return isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, jax.core.Tracer)

@@ -1,0 +1,227 @@
+"""Compressed parameters: pytree nodes that stand where an array stood."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from ._bits import array_bits, pack_bits, packed_length, unpack_bits
+
+T = TypeVar("T")
+
+
+class Encoded:
+    """A tensor stored otherwise: a pytree node that knows how to rebuild it.
+
+    Subclasses are frozen dataclasses decorated with :func:`leaf`. Static fields describe
+    the *core* tensor the encoder saw; all array fields carry the same leading *stack*
+    axes, so ``shape = stack + core`` is computed and stays true when ``vmap``, ``scan``,
+    slicing or sharding takes the leaf apart.
+
+    A subclass gives four things: the field ``core`` (shape of the core tensor), the
+    property ``dtype``, the property ``stack``, and :meth:`rebuild` of one core tensor.
+    """
+
+    core: tuple[int, ...]
+    #: Fields that :func:`partition` hands to an optimizer.
+    trainable: ClassVar[tuple[str, ...]] = ()
+    #: Fields that a file entropy-codes: ``"mask"``, a packed mask with :meth:`keep`, or
+    #: ``"codes"``, packed integers of ``bits`` bits with :meth:`integers` and ``signed``.
+    coded: ClassVar[dict[str, str]] = {}
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the tensor this leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes shared by all parts."""
+        raise NotImplementedError
+
+    def rebuild(self) -> jax.Array:
+        """Rebuilds one core tensor, shape ``core``; every part is without stack axes."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor this leaf stands for."""
+        return tuple(self.stack) + tuple(self.core)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the tensor this leaf stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the tensor this leaf stands for."""
+        size = 1
+        for n in self.shape:
+            size *= n
+        return size
+
+    def materialize(self) -> jax.Array:
+        """Rebuilds the tensor: `shape`, `dtype`."""
+        rebuild = type(self).rebuild
+        for _ in self.stack:
+            rebuild = jax.vmap(rebuild)
+        return rebuild(self)
+
+    def parts(self) -> dict[str, Any]:
+        """Returns the array fields by name; a field may be another :class:`Encoded`."""
+        values = {name: getattr(self, name) for name in type(self).part_names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def storage_bits(self) -> int:
+        """Returns the bits really stored: count times width, side data included."""
+        return sum(self.bits_by_part().values())
+
+    def bits_by_part(self) -> dict[str, int]:
+        """Returns :meth:`storage_bits` by the role of each part."""
+        bits: dict[str, int] = {}
+        for name, part in self.parts().items():
+            inner = part.bits_by_part() if isinstance(part, Encoded) else {name: array_bits(part)}
+            for key, n in inner.items():
+                bits[key] = bits.get(key, 0) + n
+        return bits
+
+    def kind(self) -> str:
+        """Returns the nesting in words, for instance ``"Masked(Clustered)"``."""
+        inner = [p.kind() for p in self.parts().values() if isinstance(p, Encoded)]
+        return type(self).__name__ + (f"({', '.join(inner)})" if inner else "")
+
+    def check(self) -> list[str]:
+        """Returns what is wrong with the contents of this leaf, a line each; none if sound."""
+        return []
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{n}={getattr(self, n)!r}" for n in type(self).static_names)
+        parts = ", ".join(f"{n}: {_brief(p)}" for n, p in self.parts().items())
+        return f"{type(self).__name__}({options}; {parts})"
+
+    part_names: ClassVar[tuple[str, ...]] = ()
+    static_names: ClassVar[tuple[str, ...]] = ()
+
+
+def _brief(x: Any) -> str:
+    if is_encoded(x) or not hasattr(x, "dtype"):
+        return repr(x)
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def static(**kwargs: Any) -> Any:
+    """Declares a static field of a leaf: hashable, part of the tree structure."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def leaf(cls: type[T]) -> type[T]:
+    """Makes a subclass of :class:`Encoded` a frozen dataclass and a pytree node.
+
+    Fields declared with :func:`static` are part of the tree structure, all others are
+    arrays, further leaves or ``None``.
+
+    Args:
+      cls: the class to register.
+
+    Returns:
+      The same class.
+
+    Raises:
+      TypeError: if it is no :class:`Encoded`.
+    """
+    if not issubclass(cls, Encoded):
+        raise TypeError(f"leaf: {cls.__name__} must derive from jaxopt_models.Encoded")
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    fields = dataclasses.fields(cls)
+    meta = [f.name for f in fields if f.metadata.get("static")]
+    data = [f.name for f in fields if not f.metadata.get("static")]
+    cls.part_names, cls.static_names = tuple(data), tuple(meta)
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+
+def is_encoded(x: Any) -> bool:
+    """Says whether ``x`` is a compressed parameter; made for ``is_leaf=``."""
+    return isinstance(x, Encoded)
+
+
+def materialize(tree: Any) -> Any:
+    """Rebuilds every compressed parameter of a tree: the meaning of that tree.
+
+    Args:
+      tree: any pytree, for instance the result of :func:`compress`.
+
+    Returns:
+      The tree with each :class:`Encoded` replaced by its array, all else untouched.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> small = jom.compress({"kernel": jnp.eye(2)}, [jom.Rule("kernel", jom.quant.Int(bits=8))])
+      >>> jom.materialize(small)["kernel"]
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    return jax.tree.map(lambda x: x.materialize() if is_encoded(x) else x, tree, is_leaf=is_encoded)
+
+
+@leaf
+class Masked(Encoded):
+    """A pruned tensor: a packed mask and the values it keeps.
+
+    .. math:: w_i = m_i \\, v_i
+
+    ``values`` always has the dense core shape. Entries that the mask drops are zero, and
+    the mask is applied again by :meth:`materialize`, whatever an optimizer did to them.
+
+    Args:
+      mask: `uint8` `[*stack, *core[:-1], ceil(core[-1] / 8)]`, a set bit keeps the entry.
+      values: array `[*stack, *core]`, or a leaf of that shape.
+      core: shape of the core tensor.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("values",)
+    coded: ClassVar[dict[str, str]] = {"mask": "mask"}
+    mask: jax.Array
+    values: Any
+    core: tuple[int, ...] = static()
+
+    @classmethod
+    def of(cls, keep: jax.Array, values: Any) -> Masked:
+        """Packs booleans ``keep`` of the shape of one core tensor."""
+        return cls(pack_bits(jnp.atleast_1d(keep)), values, tuple(keep.shape))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the values."""
+        return self.values.dtype
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of the mask."""
+        return tuple(self.mask.shape[: self.mask.ndim - max(1, len(self.core))])
+
+    def keep(self) -> jax.Array:
+        """Unpacks the mask: booleans of the shape of the tensor."""
+        n = self.core[-1] if self.core else 1
+        return unpack_bits(self.mask, n).reshape(self.shape)
+
+    def rebuild(self) -> jax.Array:
+        """Applies the mask to the values of one core tensor."""
+        values = self.values.materialize() if is_encoded(self.values) else self.values
+        return jnp.where(self.keep(), values, jnp.zeros((), values.dtype))
+
+    def check(self) -> list[str]:
+        """Checks the shape of the parts and the padding of the mask."""
+        n = self.core[-1] if self.core else 1
+        want = self.stack + self.core[:-1] + (packed_length(n),)
+        wrong = []
+        if self.mask.dtype != jnp.uint8 or tuple(self.mask.shape) != want:
+            wrong.append(f"mask is {self.mask.dtype}{list(self.mask.shape)}, not uint8{list(want)}")
+        elif n % 8 and bool(jnp.any(self.mask[..., -1] >> (n % 8))):
+            wrong.append("mask has bits set beyond the last entry")
+        if tuple(self.values.shape) != self.shape:
+            wrong.append(f"values have shape {self.values.shape}, the mask says {self.shape}")
+        return wrong + (self.values.check() if is_encoded(self.values) else [])

@@ -1,0 +1,208 @@
+"""Encoders: compression methods as values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ._axes import Axes
+from ._bits import is_concrete
+from ._encoded import Encoded, Masked, is_encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A compression method with its options: callable on one tensor.
+
+    Subclasses are frozen dataclasses whose options are hashable, and define
+    :meth:`encode` for one core tensor. Checking, stack axes, leaves encoded before and
+    compilation are done here, once.
+    """
+
+    #: Names of the statistics that :meth:`encode` wants in ``stats``.
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def encode(
+        self,
+        w: jax.Array,
+        *,
+        axes: Axes,
+        keep: jax.Array | None,
+        stats: Any,
+        key: jax.Array | None,
+    ) -> Encoded:
+        """Encodes one core tensor; must be traceable by `jit` and `vmap`.
+
+        Args:
+          w: floating tensor, zero wherever ``keep`` is false.
+          axes: resolved roles of its axes (no stack).
+          keep: booleans of the shape of ``w``, the mask of an earlier step, or ``None``.
+          stats: statistics of this parameter, or ``None``.
+          key: random key, or ``None``.
+
+        Returns:
+          A leaf with ``core == w.shape``.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        w: jax.Array | Encoded,
+        *,
+        axes: Axes | None = None,
+        keep: jax.Array | None = None,
+        stats: Any = None,
+        key: jax.Array | None = None,
+    ) -> Encoded:
+        """Encodes a tensor, or re-encodes what an earlier encoder made of it.
+
+        Args:
+          w: floating tensor, or a leaf. The values of a :class:`Masked` leaf are encoded
+            under its mask; any other leaf is rebuilt and encoded anew.
+          axes: roles of the axes; default: last is out, no stack.
+          keep: booleans of the shape of ``w``; entries that are false become zero.
+          stats: statistics from calibration, for encoders with ``needs``.
+          key: random key, for encoders that draw.
+
+        Returns:
+          The leaf that stands for ``w``.
+
+        Raises:
+          TypeError: if ``w`` is not floating.
+          ValueError: if ``w`` is empty, holds NaN or Inf, or the options do not fit it.
+        """
+        if is_encoded(w):
+            return self._again(w, axes=axes, keep=keep, stats=stats, key=key)
+        check_tensor(w)
+        axes = (axes or Axes()).resolve(w.ndim)
+        if keep is not None:
+            if tuple(keep.shape) != tuple(w.shape):
+                raise ValueError(f"keep has shape {keep.shape}, the tensor has {w.shape}")
+            w = jnp.where(keep, w, jnp.zeros((), w.dtype))
+        return self.run(jnp.asarray(w), axes, keep, stats, key)
+
+    def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
+        """Runs :meth:`encode` over the stack axes, compiled once for each shape."""
+        return _run(self, axes, w, keep, stats, key)
+
+    def _again(self, old: Encoded, *, axes: Any, keep: Any, stats: Any, key: Any) -> Encoded:
+        axes = axes or Axes(stack=len(old.stack))
+        if axes.stack != len(old.stack):
+            raise ValueError(f"axes say stack={axes.stack}, the leaf has stack axes {old.stack}")
+        if not isinstance(old, Masked):
+            new = self(old.materialize(), axes=axes, keep=keep, stats=stats, key=key)
+            if isinstance(new, Masked):
+                raise ValueError(
+                    f"{self} would prune a {old.kind()} leaf and lose its codes; prune first, "
+                    f"then encode: chain({type(self).__name__}(...), ...)"
+                )
+            return new
+        mask = old.keep() if keep is None else jnp.logical_and(old.keep(), keep)
+        values = old.values.materialize() if is_encoded(old.values) else old.values
+        new = self(values, axes=axes, keep=mask, stats=stats, key=key)
+        if isinstance(new, Masked):
+            if is_encoded(old.values):
+                raise ValueError(
+                    f"{self} would prune a {old.kind()} leaf and lose its codes; prune first"
+                )
+            return new
+        if keep is not None:
+            return _masked(mask, new, len(old.stack))
+        return Masked(old.mask, new, old.core)
+
+
+def _masked(keep: jax.Array, values: Encoded, stack: int) -> Masked:
+    of = Masked.of
+    for _ in range(stack):
+        of = jax.vmap(of)
+    return of(keep, values)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(encoder: Encoder, axes: Axes, w: Any, keep: Any, stats: Any, key: Any) -> Encoded:
+    core = Axes(axes.out)
+    if key is not None and axes.stack:
+        key = jax.random.split(key, w.shape[: axes.stack])
+
+    def one(w, keep, stats, key):
+        return encoder.encode(w, axes=core, keep=keep, stats=stats, key=key)
+
+    for _ in range(axes.stack):
+        one = jax.vmap(one)
+    return one(w, keep, stats, key)
+
+
+def check_tensor(w: Any) -> None:
+    """Raises unless ``w`` is a floating, non-empty and (where it can be seen) finite tensor."""
+    if not hasattr(w, "dtype") or not hasattr(w, "shape"):
+        raise TypeError(f"expected an array, got {type(w).__name__}: {w!r:.60}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"expected a real floating tensor, got {w.dtype}; keep it dense (None)")
+    if math.prod(w.shape) == 0:
+        raise ValueError(f"the tensor is empty, shape {tuple(w.shape)}; keep it dense (None)")
+    if is_concrete(w) and not bool(jnp.all(jnp.isfinite(w))):
+        bad = int(jnp.sum(~jnp.isfinite(w)))
+        raise ValueError(
+            f"{bad} of {math.prod(w.shape)} entries are NaN or Inf; repair the weights first "
+            "(a diverged training run, or a mask applied as -inf)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Encoder):
+    """Encoders applied one after another; made by :func:`chain`."""
+
+    encoders: tuple[Encoder, ...]
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Statistics that any of the encoders wants."""
+        return tuple(dict.fromkeys(n for e in self.encoders for n in e.needs))
+
+    def __call__(self, w, *, axes=None, keep=None, stats=None, key=None) -> Encoded:
+        """Encodes ``w`` by each encoder in turn; see :meth:`Encoder.__call__`."""
+        for i, encoder in enumerate(self.encoders):
+            k = None if key is None else jax.random.fold_in(key, i)
+            w = encoder(w, axes=axes, keep=keep, stats=stats, key=k)
+            keep = None  # from here on the leaf carries its mask
+        return w
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.encoders))})"
+
+
+def chain(*encoders: Encoder) -> Encoder:
+    """Composes encoders: each re-encodes the values of the leaf before it, under its mask.
+
+    Args:
+      *encoders: pruning first, then quantization or a codebook.
+
+    Returns:
+      One encoder. Compressing twice, with the first and then the second, does the same.
+
+    Raises:
+      TypeError: if anything but encoders is given.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxopt_models import chain, prune, quant
+      >>> small = chain(prune.Magnitude(sparsity=0.5), quant.Int(bits=8))(jnp.arange(4.0))
+      >>> small.kind()
+      'Masked(Quantized)'
+      >>> small.materialize()
+      Array([0., 0., 2., 3.], dtype=float32)
+    """
+    for e in encoders:
+        if not isinstance(e, Encoder):
+            raise TypeError(f"chain takes encoders such as quant.Int(bits=8), got {e!r}")
+    flat: list[Encoder] = []
+    for e in encoders:
+        flat.extend(e.encoders if isinstance(e, Chain) else [e])
+    if not flat:
+        raise TypeError("chain needs at least one encoder")
+    return flat[0] if len(flat) == 1 else Chain(tuple(flat))

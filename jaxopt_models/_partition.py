@@ -1,0 +1,97 @@
+"""What of a compressed tree may be trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._encoded import Encoded, is_encoded
+from ._paths import flatten
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Splits a tree into what may be trained and the rest.
+
+    A leaf type declares which of its fields are trained (values, scales, centroids); dense
+    parameters are trained if they are floating. Both halves have the structure of the
+    tree, with ``None`` in the holes, so that `jax.grad` and any optax optimizer take the
+    first one.
+
+    Args:
+      tree: any tree, compressed or not.
+
+    Returns:
+      ``(trainable, rest)``; :func:`combine` puts them together again.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxopt_models as jom
+      >>> small = jom.compress({"w": jnp.arange(4.0)}, [jom.Rule("w", jom.codebook.KMeans(bits=1))])
+      >>> trainable, rest = jom.partition(small)
+      >>> loss = lambda t: jnp.sum(jom.materialize(jom.combine(t, rest))["w"])
+      >>> jax.grad(loss)(trainable)["w"].codebook        # each centroid stands for two weights
+      Array([2., 2.], dtype=float32)
+    """
+    leaves, unflatten = flatten(tree)
+    halves = [_split(p.value, not p.reason) for p in leaves]
+    return unflatten([a for a, _ in halves]), unflatten([b for _, b in halves])
+
+
+def _split(x: Any, train: bool) -> tuple[Any, Any]:
+    if not is_encoded(x):
+        train = train and hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        return (x, None) if train else (None, x)
+    a: dict[str, Any] = {}
+    b: dict[str, Any] = {}
+    for name, part in x.parts().items():
+        a[name], b[name] = _split(part, train and name in type(x).trainable)
+    return dataclasses.replace(x, **a), dataclasses.replace(x, **b)
+
+
+def combine(trainable: Any, rest: Any) -> Any:
+    """Puts together what :func:`partition` split.
+
+    Args:
+      trainable: one half; where it has ``None``, the other half is taken.
+      rest: the other half.
+
+    Returns:
+      The whole tree.
+
+    Raises:
+      ValueError: if the halves do not come from one tree, or both hold a value somewhere.
+    """
+    hole = {"is_leaf": lambda x: x is None}
+    a, treedef = jax.tree.flatten(trainable, **hole)
+    b, other = jax.tree.flatten(rest, **hole)
+    if treedef != other:
+        raise ValueError(
+            f"combine: the halves differ in structure:\n  {treedef}\n  {other}\nPass the two "
+            "results of one partition, each updated without changing its structure"
+        )
+    if any(x is not None and y is not None for x, y in zip(a, b, strict=True)):
+        raise ValueError("combine: both halves hold a value at one place; pass partition's halves")
+    return treedef.unflatten([y if x is None else x for x, y in zip(a, b, strict=True)])
+
+
+def check_trainable(tree: Any, *, who: str) -> None:
+    """Raises if an optimizer would make moments for codes, masks or counters."""
+    leaves, _ = flatten(tree)
+    for p in leaves:
+        if p.value is None:
+            continue
+        parts = _arrays(p.path, p.value)
+        for path, x in parts:
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise TypeError(
+                    f"{who}: {path} is {x.dtype}, which no optimizer can train; split the tree "
+                    "first: trainable, rest = jaxopt_models.partition(params)"
+                )
+
+
+def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
+    if not isinstance(x, Encoded):
+        return [(path, x)]
+    return [a for n, part in x.parts().items() for a in _arrays(f"{path}.{n}", part)]

@@ -1,0 +1,284 @@
+"""Deep Compression as one function: train, prune, share weights, tune centroids, code."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import artifact
+from ._compress import compress
+from ._encoded import materialize
+from ._partition import combine, partition
+from ._paths import flatten
+from ._progress import bar
+from ._recipe import Rule, check_recipe, decide, recipe_to_json
+from ._resume import Checkpoints, digest
+from ._table import Table
+from .prune._gradual import cubic_schedule, find_magnitude, gradual
+
+
+class Compressed(NamedTuple):
+    """What :func:`deep_compression` returns.
+
+    Args:
+      params: the dense parameters after training and pruning.
+      small: the compressed tree.
+      stages: a table, a row for each stage: steps, bytes, ratio, error.
+      path: the artifact, or ``None`` if none was asked for.
+    """
+
+    params: Any
+    small: Any
+    stages: Table
+    path: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """How many optimizer steps each stage of :func:`deep_compression` takes; 0 skips it.
+
+    Args:
+      train: dense training.
+      prune: pruning and retraining; the sparsity rises over the first part.
+      tune: training of centroids, scales and dense parameters, codes fixed.
+      ramp: share of the pruning steps over which the sparsity rises.
+      every: steps between two updates of the masks.
+    """
+
+    train: int = 0
+    prune: int = 0
+    tune: int = 0
+    ramp: float = 0.6
+    every: int = 25
+
+    def __post_init__(self) -> None:
+        if min(self.train, self.prune, self.tune) < 0 or not 0 < self.ramp <= 1 or self.every < 1:
+            raise ValueError(f"Steps: {self} needs steps >= 0, 0 < ramp <= 1, every >= 1")
+
+
+def adam(stage: str, steps: int) -> optax.GradientTransformation:
+    """Returns the default optimizer of a stage: Adam with a cosine decay to zero.
+
+    Args:
+      stage: ``"train"``, ``"prune"`` or ``"tune"``.
+      steps: number of steps of the stage.
+    """
+    rate = {"train": 1e-3, "prune": 1e-3, "tune": 3e-4}[stage]
+    return optax.adam(optax.cosine_decay_schedule(rate, max(steps, 1)))
+
+
+def deep_compression(
+    params: Any,
+    loss_fn: Callable[..., Any],
+    batches: Callable[[int], Any] | Iterable[Any],
+    *,
+    recipe: Sequence[Rule],
+    steps: Steps,
+    path: str | os.PathLike | None = None,
+    optimizer: Callable[[str, int], optax.GradientTransformation] = adam,
+    evaluate: Callable[[Any], float] | None = None,
+    stateful: bool = False,
+    key: jax.Array | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    save_every: int = 1000,
+    progress: bool = True,
+) -> Compressed:
+    """Trains, prunes, shares weights, tunes them and codes: Deep Compression.
+
+    Stages: dense training; gradual pruning to the sparsities of the recipe, and
+    retraining; :func:`compress` by the recipe; training of what the codes point to; an
+    entropy-coded file. Each can be left out by its number of steps, or by ``path=None``.
+
+    Args:
+      params: dense parameters, trained or fresh.
+      loss_fn: ``(params, batch) -> loss``; see ``stateful``.
+      batches: function of the step that gives its batch (always the same one), or an
+        iterable that can be iterated again and again, always in the same order.
+      recipe: rules such as ``Rule(".*/kernel", chain(Magnitude(...), KMeans(...)))``.
+      steps: length of the stages.
+      path: where to write the artifact.
+      optimizer: ``(stage, steps) -> optax transformation``.
+      evaluate: ``params -> error``, called after each stage on dense parameters.
+      stateful: ``loss_fn`` returns ``(loss, params)``; what is no parameter (batch
+        statistics, counters) is taken over from there.
+      key: random key, for encoders that draw.
+      checkpoint: folder for Orbax checkpoints. If it holds one of this very run, the work
+        goes on from there and ends in the same file, bit for bit; otherwise it raises.
+      save_every: steps between two checkpoints; another is made on Ctrl-C.
+      progress: show a bar for each stage.
+
+    Returns:
+      Dense parameters, compressed tree, table of stages and path.
+
+    Raises:
+      ValueError: if the recipe does not fit, prunes nothing although there are steps for
+        it, or the checkpoint is of another run.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> from jaxopt_models._pipeline import Steps
+      >>> params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
+      >>> loss = lambda p, x: jnp.mean((x @ p["w"] - x) ** 2)
+      >>> recipe = [jom.Rule("w", jom.chain(
+      ...     jom.prune.Magnitude(sparsity=0.75), jom.codebook.KMeans(bits=2)))]
+      >>> out = jom.deep_compression(params, loss, lambda step: jnp.eye(8), recipe=recipe,
+      ...                            steps=Steps(prune=20, tune=10), progress=False)
+      >>> out.small["w"].kind(), int((out.small["w"].materialize() != 0).sum())
+      ('Masked(Clustered)', 16)
+
+    References:
+      Han et al., `Deep Compression <https://arxiv.org/abs/1510.00149>`_, 2016
+    """
+    recipe = check_recipe(recipe, who="deep_compression")
+    leaves, _ = flatten(params)
+    decisions = decide(leaves, recipe, who="deep_compression")
+    if steps.prune and not any(find_magnitude(d.encoder) for d in decisions):
+        raise ValueError(
+            f"deep_compression: {steps.prune} steps of pruning, but no rule of the recipe prunes; "
+            "use chain(prune.Magnitude(sparsity=...), ...), or Steps(prune=0)"
+        )
+    run = _Run(
+        loss_fn=loss_fn,
+        batches=batches if callable(batches) else _Replay(batches),
+        optimizer=optimizer,
+        stateful=stateful,
+        save_every=save_every,
+        progress=progress,
+        checkpoints=Checkpoints(
+            checkpoint,
+            {"recipe": recipe_to_json(recipe), "steps": repr(steps), "params": digest(params)},
+        ),
+        evaluate=evaluate,
+        parameters=sum(x.size for x in jax.tree.leaves(params) if hasattr(x, "size")),
+    )
+    with run.checkpoints:
+        dense = run.stage("train", params, steps.train, offset=0)
+        if steps.prune:
+            end = max(1, int(steps.ramp * steps.prune))
+            schedule = cubic_schedule(1.0, begin=0, end=end)
+            tail = gradual(schedule, recipe=recipe, every=steps.every)
+            dense = run.stage("prune", dense, steps.prune, offset=steps.train, tail=tail)
+        small = compress(dense, recipe, key=key)
+        run.record("share", 0, small)
+        small = run.stage("tune", small, steps.tune, offset=steps.train + steps.prune)
+        if path is not None:
+            artifact.save(path, small, recipe=recipe)
+            run.record("code", 0, artifact.load(path), file_bytes=os.path.getsize(path))
+    columns = ("stage", "steps", "bytes", "ratio", "error")
+    table = Table(columns, run.rows, title="deep compression")
+    return Compressed(dense, small, table, None if path is None else os.fspath(path))
+
+
+class _Replay:
+    """An iterable as a function of the step, iterated again whenever it ends."""
+
+    def __init__(self, batches: Iterable[Any]):
+        self.batches = batches
+        self.iterator = iter(())
+        self.next = 0
+        self.batch: Any = None
+
+    def __call__(self, step: int) -> Any:
+        if step < self.next - 1:
+            self.iterator, self.next = iter(()), 0
+        while self.next <= step:
+            try:
+                self.batch = next(self.iterator)
+            except StopIteration:
+                self.iterator = iter(self.batches)
+                self.batch = next(self.iterator, None)
+                if self.batch is None:
+                    raise ValueError(
+                        f"deep_compression: batches ended at step {self.next} and cannot be "
+                        "iterated again; pass a list, a data loader, or a function of the step"
+                    ) from None
+            self.next += 1
+        return self.batch
+
+
+@dataclasses.dataclass
+class _Run:
+    loss_fn: Callable[..., Any]
+    batches: Callable[[int], Any]
+    optimizer: Callable[[str, int], optax.GradientTransformation]
+    stateful: bool
+    save_every: int
+    progress: bool
+    checkpoints: Checkpoints
+    evaluate: Callable[[Any], float] | None
+    parameters: int
+    rows: list[tuple] = dataclasses.field(default_factory=list)
+
+    def stage(self, name: str, tree: Any, steps: int, *, offset: int, tail: Any = None) -> Any:
+        """Trains ``tree`` for some steps, or goes on where a checkpoint left it."""
+        if not steps:
+            return tree
+        tx = self.optimizer(name, steps)
+        tx = optax.with_extra_args_support(tx if tail is None else optax.chain(tx, tail))
+        trainable, rest = partition(tree)
+        # A copy, since the steps donate their state and the tree belongs to the caller.
+        state = jax.tree.map(jnp.copy, _State(trainable, rest, tx.init(trainable), jnp.int32(0)))
+        state = self.checkpoints.restore(name, state)
+        step_fn = jax.jit(
+            functools.partial(_step, self.loss_fn, tx, self.stateful), donate_argnums=0
+        )
+        start = int(state.step)
+        try:
+            with bar(name, steps, done=start, show=self.progress) as advance:
+                for i in range(start, steps):
+                    state, loss = step_fn(state, self.batches(offset + i))
+                    advance(f"loss {float(loss):.4f}" if (i + 1) % 50 == 0 else "")
+                    if (i + 1) % self.save_every == 0 or i + 1 == steps:
+                        self.checkpoints.save(name, state)
+        except KeyboardInterrupt:
+            # Interrupted inside a step the state may be donated already; then the last
+            # regular checkpoint stands.
+            if not any(x.is_deleted() for x in jax.tree.leaves(state)):
+                self.checkpoints.save(name, state)
+            raise
+        tree = combine(state.trainable, state.rest)
+        self.record(name, steps, tree)
+        return tree
+
+    def record(self, name: str, steps: int, tree: Any, *, file_bytes: int | None = None) -> None:
+        """Adds a row to the table of stages."""
+        dense = materialize(tree)
+        error = None if self.evaluate is None else float(self.evaluate(dense))
+        size = file_bytes if file_bytes is not None else artifact.size(tree)
+        self.rows.append((name, steps, size, 4 * self.parameters / size, error))
+
+
+class _State(NamedTuple):
+    trainable: Any
+    rest: Any
+    opt: Any
+    step: jax.Array
+
+
+def _step(loss_fn: Any, tx: Any, stateful: bool, state: _State, batch: Any) -> Any:
+    trainable, rest, opt, step = state
+
+    def loss(t: Any) -> Any:
+        out = loss_fn(materialize(combine(t, rest)), batch)
+        return out if stateful else (out, None)
+
+    (value, new), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    updates, opt = tx.update(grads, opt, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    if stateful:
+        rest = _take_state(combine(trainable, rest), new)
+    return _State(trainable, rest, opt, step + 1), value
+
+
+def _take_state(tree: Any, new: Any) -> Any:
+    """Returns the untrained half of ``tree`` with what is no parameter taken from ``new``."""
+    leaves, unflatten = flatten(tree)
+    fresh = {p.path: p.value for p in flatten(new)[0] if p.reason}
+    return partition(unflatten([fresh.get(p.path, p.value) for p in leaves]))[1]

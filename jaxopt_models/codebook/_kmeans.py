@@ -1,0 +1,146 @@
+"""Shared weights by k-means."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._axes import Axes, Matrix
+from .._bits import is_concrete, pack_codes
+from .._encoder import Encoder
+from ._clustered import Clustered
+from ._lloyd import assign, lloyd
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeans(Encoder):
+    """Replaces weights by `2^bits` shared ones, chosen by k-means.
+
+    .. math:: \\min_{c, q} \\sum_i (w_i - c_{q_i})^2, \\qquad q_i \\in \\{0, \\dots, 2^b - 1\\}
+
+    solved by Lloyd's iteration on the sorted weights. After pruning only the kept entries
+    are clustered, and zero stays apart. The centroids are trained through
+    :func:`jaxopt_models.partition`. Encoding again changes nothing: at most `2^b` distinct
+    values are their own centroids.
+
+    Args:
+      bits: width of a code, 1 to 8.
+      per: ``"leaf"``, one codebook; ``"channel"``, one for each output.
+      start: first centroids: ``"linear"``, evenly over the range, which keeps the rare
+        large weights; ``"density"``, evenly over the ranks; ``"random"``, weights drawn with
+        ``key``.
+      iterations: most iterations of Lloyd's algorithm.
+
+    Raises:
+      ValueError: for options outside these, or ``start="random"`` called without ``key``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxopt_models import codebook
+      >>> small = codebook.KMeans(bits=1)(jnp.array([[0.0, 2.0], [9.0, 11.0]]))
+      >>> small.codebook
+      Array([ 1., 10.], dtype=float32)
+      >>> small.materialize()
+      Array([[ 1.,  1.],
+             [10., 10.]], dtype=float32)
+
+    References:
+      Han et al., `Deep Compression <https://arxiv.org/abs/1510.00149>`_, 2016
+    """
+
+    bits: int
+    _: dataclasses.KW_ONLY
+    per: Literal["leaf", "channel"] = "leaf"
+    start: Literal["linear", "density", "random"] = "linear"
+    iterations: int = 300
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise ValueError(f"KMeans: bits={self.bits!r} is not a width of 1 to 8")
+        if self.per not in ("leaf", "channel"):
+            raise ValueError(f"KMeans: per={self.per!r} is neither 'leaf' nor 'channel'")
+        if self.start not in ("linear", "density", "random"):
+            raise ValueError(f"KMeans: start={self.start!r} is not linear, density or random")
+        if self.iterations < 1:
+            raise ValueError(f"KMeans: iterations={self.iterations} is not positive")
+
+    def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Clustered:
+        """Encodes ``w``; one codebook of a tensor at hand on a CPU is sorted by NumPy."""
+        if self.start == "random" and key is None:
+            raise ValueError("KMeans: start='random' draws weights; give key=jax.random.key(0)")
+        at_hand = is_concrete(w) and not isinstance(keep, jax.core.Tracer)
+        if self.per == "channel" or axes.stack or not at_hand or not _on_one_cpu(w):
+            return super().run(w, axes, keep, stats, key)
+        # The same values in the same order as jnp.sort gives, several times faster.
+        x = np.asarray(_canonical(w)).reshape(-1)
+        x = x if keep is None else x[np.asarray(keep).reshape(-1)]
+        n = x.size
+        padded = np.full(w.size, np.inf, x.dtype)
+        padded[:n] = x
+        padded[:n].sort()
+        centroids = self._centroids(jnp.asarray(padded), jnp.asarray(n, jnp.int32), key)
+        return _clustered(self, w, keep, centroids)
+
+    def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Clustered:
+        """Encodes one core tensor; see :class:`KMeans`."""
+        out = axes.out if self.per == "channel" else ()
+        m = Matrix(tuple(w.shape), out)
+        x = m.view(_canonical(w)).T
+        if keep is None:
+            n = jnp.full((m.columns,), m.rows, jnp.int32)
+        else:
+            kept = m.view(keep).T
+            x = jnp.where(kept, x, jnp.inf)
+            n = jnp.sum(kept, axis=1, dtype=jnp.int32)
+        keys = None if key is None else jax.random.split(key, m.columns)
+        if out:
+            centroids = jax.vmap(self._centroids)(jnp.sort(x, axis=1), n, keys)
+            centroids = centroids.reshape(*m.out_shape, -1)
+        else:
+            centroids = self._centroids(jnp.sort(x[0]), n[0], key)
+        return _clustered(self, w, keep, centroids, out)
+
+    def _centroids(self, x: jax.Array, n: jax.Array, key: Any) -> jax.Array:
+        key = key if self.start == "random" else None
+        return lloyd(x, n, key, k=2**self.bits, start=self.start, iterations=self.iterations)
+
+
+def _canonical(w: jax.Array) -> jax.Array:
+    """Widens to at least float32 and turns -0.0, which sorting may place anywhere, into 0.0."""
+    x = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    return jnp.where(x == 0, jnp.zeros((), x.dtype), x)
+
+
+def _on_one_cpu(w: jax.Array) -> bool:
+    devices = w.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _clustered(
+    encoder: KMeans, w: jax.Array, keep: Any, centroids: jax.Array, out: tuple[int, ...] = ()
+) -> Clustered:
+    # Centroids are what the tensor's own type can hold, so that what is stored is what is used.
+    centroids = centroids.astype(w.dtype).astype(centroids.dtype)
+    x = _canonical(w)
+    m = Matrix(tuple(w.shape), out)
+    if out:
+        table = centroids.reshape(m.columns, -1)
+        codes = m.unview(jax.vmap(assign, in_axes=(1, 0), out_axes=1)(m.view(x), table))
+    else:
+        codes = assign(x, centroids)
+    if keep is not None:
+        codes = jnp.where(keep, codes, 0)
+    return Clustered(
+        pack_codes(jnp.atleast_1d(codes), bits=encoder.bits, signed=False),
+        centroids,
+        core=tuple(w.shape),
+        out=out,
+        bits=encoder.bits,
+        dtype_name=str(w.dtype),
+    )

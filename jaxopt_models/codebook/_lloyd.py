@@ -1,0 +1,116 @@
+"""Lloyd's algorithm in one dimension, exact and without a distance matrix."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def midpoints(centroids: jax.Array) -> jax.Array:
+    """Returns the `[k - 1]` boundaries between `[k]` sorted centroids."""
+    half = jnp.array(0.5, centroids.dtype)
+    return centroids[:-1] * half + centroids[1:] * half
+
+
+def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Returns the index of the nearest centroid, `int32`; the lower one on a tie.
+
+    Args:
+      x: values of any shape.
+      centroids: sorted, `[k]`.
+    """
+    method = "compare_all" if centroids.shape[0] <= 32 else "scan"
+    codes = jnp.searchsorted(midpoints(centroids), x.reshape(-1), side="left", method=method)
+    return codes.astype(jnp.int32).reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "start", "iterations"))
+def lloyd(
+    x: jax.Array, n: jax.Array, key: jax.Array | None, *, k: int, start: str, iterations: int
+) -> jax.Array:
+    """Finds `k` centroids of sorted values by Lloyd's iteration.
+
+    On sorted data a cluster is an interval, so an iteration needs `k` binary searches and
+    `k` interval sums. Those come from sums of blocks of about `sqrt(n)` entries, never as
+    a difference of two long prefix sums, whose rounding would drown a cluster of a few
+    outliers.
+
+    Args:
+      x: sorted values, `[size]`, of which the first ``n`` count and the rest are `+inf`.
+      n: number of values that count.
+      key: random key for ``start="random"``.
+      k: number of centroids.
+      start: ``"linear"``, ``"density"`` or ``"random"``.
+      iterations: most iterations; it stops as soon as no boundary moves.
+
+    Returns:
+      Sorted centroids `[k]`. If there are at most `k` distinct values, these themselves,
+      which makes clustering idempotent.
+    """
+    size = x.shape[0]
+    block = 1 << max(7, math.ceil(math.log2(size) / 2))
+    rows = size // block + 2  # one beyond the last boundary, so that it can be read
+    counted = jnp.where(jnp.arange(size) < n, x, jnp.zeros((), x.dtype))
+    blocks = jnp.zeros((rows * block,), x.dtype).at[:size].set(counted).reshape(rows, block)
+    sums = jnp.sum(blocks, axis=1)
+
+    def interval_sums(edges: jax.Array) -> jax.Array:
+        first, last = edges[:-1], edges[1:]
+        head, tail = first // block, last // block
+        index = jnp.arange(rows)[None, :]
+        whole = jnp.where((head[:, None] < index) & (index < tail[:, None]), sums, 0)
+
+        def part(row: jax.Array) -> jax.Array:
+            at = row[:, None] * block + jnp.arange(block)[None, :]
+            inside = (first[:, None] <= at) & (at < last[:, None])
+            return jnp.sum(jnp.where(inside, blocks[row], 0), axis=1)
+
+        return jnp.sum(whole, axis=1) + part(head) + jnp.where(tail > head, part(tail), 0)
+
+    def edges_of(centroids: jax.Array) -> jax.Array:
+        inner = jnp.searchsorted(x, midpoints(centroids), side="right")
+        ends = jnp.stack([jnp.zeros_like(n), n])
+        return jnp.concatenate([ends[:1], jnp.minimum(inner.astype(n.dtype), n), ends[1:]])
+
+    def step(state):
+        centroids, edges, _, i = state
+        count = edges[1:] - edges[:-1]
+        mean = interval_sums(edges) / jnp.maximum(count, 1).astype(x.dtype)
+        centroids = jnp.where(count > 0, mean, centroids)
+        # Rounded means of neighbours may swap by an ulp; the searches need them sorted.
+        centroids = lax.cummax(centroids)
+        new = edges_of(centroids)
+        return centroids, new, jnp.any(new != edges), i + 1
+
+    first = _start(x, n, key, k=k, start=start)
+    state = first, edges_of(first), jnp.array(True), 0
+    found, *_ = lax.while_loop(lambda s: s[2] & (s[3] < iterations), step, state)
+    values, exact = _distinct(x, n, k)
+    return jnp.where(n > 0, jnp.where(exact, values, found), jnp.zeros((), x.dtype))
+
+
+def _start(x: jax.Array, n: jax.Array, key: jax.Array | None, *, k: int, start: str) -> jax.Array:
+    last = jnp.maximum(n - 1, 0)
+    if start == "linear":
+        # A convex combination: subtracting first would overflow at the ends of the range.
+        t = jnp.arange(k, dtype=x.dtype) / jnp.array(max(k - 1, 1), x.dtype)
+        return lax.sort(x[0] * (1 - t) + x[last] * t)
+    if start == "density":
+        share = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k
+        return x[jnp.clip((share * n.astype(jnp.float32)).astype(n.dtype), 0, last)]
+    return lax.sort(x[jax.random.randint(key, (k,), 0, jnp.maximum(n, 1))])
+
+
+def _distinct(x: jax.Array, n: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the first `k` distinct values, the last repeated, and whether that is all."""
+
+    def step(at, _):
+        value = x[jnp.clip(at, 0, jnp.maximum(n - 1, 0))]
+        return jnp.maximum(at, jnp.searchsorted(x, value, side="right").astype(n.dtype)), value
+
+    at, values = lax.scan(step, jnp.zeros_like(n), None, length=k)
+    return values, at >= n

@@ -1,0 +1,16 @@
+"""Real images for tests, notebooks and benchmarks, and their batches; needs NumPy only.
+
+`fashion_mnist_small()` comes with the package. `mnist()` and `fashion_mnist()` read the full
+sets from where a package manager put them. Nothing is ever downloaded.
+"""
+
+from ._idx import read_idx as read_idx
+from ._images import Examples as Examples
+from ._images import Images as Images
+from ._images import Shuffled as Shuffled
+from ._images import Split as Split
+from ._images import normalize as normalize
+from ._images import shuffled as shuffled
+from ._sets import fashion_mnist as fashion_mnist
+from ._sets import mnist as mnist
+from ._small import fashion_mnist_small as fashion_mnist_small

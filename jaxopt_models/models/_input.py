@@ -1,0 +1,20 @@
+"""What both frameworks' models accept as images."""
+
+import jax
+import jax.numpy as jnp
+
+from ..data import normalize
+
+
+def pixels(images: jax.Array) -> jax.Array:
+    """Gives `float[B, 28, 28, 1]`; bytes are divided by 255, floats are taken to be so already."""
+    images = jnp.asarray(images)
+    if images.shape[1:] not in ((28, 28), (28, 28, 1)):
+        raise ValueError(f"images have shape {images.shape}; give [B, 28, 28] or [B, 28, 28, 1].")
+    if images.dtype == jnp.uint8:
+        images = normalize(images)
+    elif not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images have dtype {images.dtype}; give uint8 pixels 0 to 255, or floats in [0, 1]."
+        )
+    return images.reshape(-1, 28, 28, 1)

@@ -1,0 +1,58 @@
+"""Exact selection of the largest scores, ties broken by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def keep_largest(
+    scores: Sequence[jax.Array], count: jax.Array | int, *, keep: Sequence[jax.Array | None]
+) -> list[jax.Array]:
+    """Marks exactly ``count`` entries with the largest scores over all arrays together.
+
+    The bits of a non-negative float order as integers, so the smallest kept score is found
+    by bisection on its bits: one count a bit, no sort, the same under `jit`, `vmap` and
+    sharding. Among equal scores the earlier array and the lower index win.
+
+    Args:
+      scores: non-negative arrays of any shapes, all of one floating type.
+      count: how many to mark, at most the number of candidates; may be traced.
+      keep: for each array the candidates (booleans), or ``None`` for all. Others are never
+        marked while candidates remain.
+
+    Returns:
+      Booleans of the shapes of ``scores``.
+    """
+    words = [_ordered(s, k) for s, k in zip(scores, keep, strict=True)]
+    dtype = words[0].dtype
+    width = 8 * dtype.itemsize
+
+    def total(threshold: jax.Array) -> jax.Array:
+        return sum(jnp.sum(w >= threshold, dtype=jnp.int32) for w in words)
+
+    def narrow(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        trial = threshold | jnp.left_shift(jnp.ones((), dtype), (width - 1 - i).astype(dtype))
+        return jnp.where(total(trial) >= count, trial, threshold)
+
+    smallest = lax.fori_loop(0, width, narrow, jnp.zeros((), dtype))
+    above = sum(jnp.sum(w > smallest, dtype=jnp.int32) for w in words)
+    need = count - above  # how many of the entries that equal the threshold are kept
+    marks = []
+    for w in words:
+        equal = (w == smallest).reshape(-1)
+        rank = jnp.cumsum(equal, dtype=jnp.int32)
+        marks.append((w > smallest) | (equal & (rank <= need)).reshape(w.shape))
+        need = need - rank[-1]
+    return marks
+
+
+def _ordered(score: jax.Array, keep: jax.Array | None) -> jax.Array:
+    wide = jnp.promote_types(score.dtype, jnp.float32)
+    word = jnp.uint64 if wide == jnp.float64 else jnp.uint32
+    # abs() clears the sign of -0.0; one is added so that zero is left for non-candidates.
+    bits = lax.bitcast_convert_type(jnp.abs(score.astype(wide)), word) + jnp.ones((), word)
+    return bits if keep is None else jnp.where(keep, bits, jnp.zeros((), word))

@@ -1,0 +1,100 @@
+"""The leaf of uniform integer quantization."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from .._axes import Matrix
+from .._bits import has_planes, unpack_codes
+from .._encoded import Encoded, leaf, static
+
+
+@leaf
+class Quantized(Encoded):
+    """Integer codes with a scale, and perhaps a zero point, for each group.
+
+    .. math:: w = s \\, (q - z)
+
+    In the `[in, out]` view of the core tensor each column has ``groups`` runs of equal
+    length along *in*; a run shares one scale.
+
+    Args:
+      codes: packed integers (:func:`jaxopt_models._bits.pack_codes`): `[*stack, *core]` of
+        `int2/4/8` or `uint2/4/8`, or bit planes along the last axis.
+      scale: `float32` `[*stack, *core[out], groups]`.
+      zero_point: `uint8`, shape of ``scale``; ``None`` if the codes are signed and
+        symmetric.
+      core: shape of the core tensor.
+      out: axes of the core whose entries have scales of their own.
+      bits: width of a code.
+      dtype_name: data type of the tensor.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("scale",)
+    coded: ClassVar[dict[str, str]] = {"codes": "codes"}
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    core: tuple[int, ...] = static()
+    out: tuple[int, ...] = static()
+    bits: int = static()
+    dtype_name: str = static()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the tensor."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of the scales."""
+        return tuple(self.scale.shape[: self.scale.ndim - len(self.out) - 1])
+
+    @property
+    def signed(self) -> bool:
+        """Whether the codes are two's complement: where there is no zero point."""
+        return self.zero_point is None
+
+    @property
+    def group(self) -> int:
+        """Number of entries that share a scale."""
+        return Matrix(self.core, self.out).rows // self.scale.shape[-1]
+
+    def integers(self) -> jax.Array:
+        """Unpacks the codes: `int32`, shape of the tensor."""
+        n = self.core[-1] if self.core else 1
+        return unpack_codes(self.codes, n, bits=self.bits, signed=self.signed).reshape(self.shape)
+
+    def rebuild(self) -> jax.Array:
+        """Multiplies the codes of one core tensor by their scales."""
+        q = self.integers()
+        if self.zero_point is not None:
+            q = q - self._spread(self.zero_point.astype(jnp.int32))
+        return (q.astype(self.scale.dtype) * self._spread(self.scale)).astype(self.dtype)
+
+    def _spread(self, per_group: jax.Array) -> jax.Array:
+        m = Matrix(self.core, self.out)
+        groups = per_group.shape[-1]
+        columns = per_group.reshape(m.columns, groups).T[:, None, :]
+        return m.unview(
+            jnp.broadcast_to(columns, (groups, m.rows // groups, m.columns)).reshape(
+                m.rows, m.columns
+            )
+        )
+
+    def check(self) -> list[str]:
+        """Checks shapes, the range of the codes and the scales."""
+        wrong = []
+        m = Matrix(self.core, self.out)
+        if m.rows % self.scale.shape[-1]:
+            wrong.append(f"{self.scale.shape[-1]} groups do not divide {m.rows} inputs")
+        if self.codes.ndim != len(self.stack) + max(1, len(self.core)) + has_planes(self.bits):
+            wrong.append(f"codes have shape {self.codes.shape} for a core of {self.core}")
+        if not bool(jnp.all(jnp.isfinite(self.scale))):
+            wrong.append("a scale is NaN or Inf")
+        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+            wrong.append("zero points and scales differ in shape")
+        return wrong
