@@ -40,6 +40,9 @@ if _TYPE_CHECKING:
     from . import data as data
     from . import models as models
     from . import testing as testing
+    from ._checkpoint import read_checkpoint as read_checkpoint
+    from ._layers import layers as layers
+    from ._pipeline import Steps as Steps
     from ._pipeline import deep_compression as deep_compression
 
 # Reached on first use: they bring flax, orbax or the data with them.
@@ -47,7 +50,10 @@ _LAZY = {
     "data": "data",
     "models": "models",
     "testing": "testing",
+    "Steps": "_pipeline",
     "deep_compression": "_pipeline",
+    "layers": "_layers",
+    "read_checkpoint": "_checkpoint",
 }
 
 

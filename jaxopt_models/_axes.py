@@ -23,6 +23,9 @@ class Axes:
         the library: the last axis, or none for a vector, which then has one scale.
       stack: number of leading stack axes.
 
+    Raises:
+      TypeError: if ``out`` is no tuple of integers.
+
     Example:
       >>> Axes.torch()                      # weights stored (out, in)
       Axes(out=(0,), stack=0)
@@ -32,6 +35,13 @@ class Axes:
 
     out: tuple[int, ...] | None = None
     stack: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.out, list):
+            object.__setattr__(self, "out", tuple(self.out))
+        axes = () if self.out is None else self.out
+        if not isinstance(axes, tuple) or not all(isinstance(a, int) for a in axes):
+            raise TypeError(f"Axes: out={self.out!r} is no tuple of axes; write out=(0,)")
 
     @classmethod
     def torch(cls) -> Axes:

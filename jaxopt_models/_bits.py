@@ -19,9 +19,10 @@ _NATIVE = {
     (2, True): jnp.int2,
     (4, True): jnp.int4,
     (8, True): jnp.int8,
-    (2, False): jnp.uint2,
-    (4, False): jnp.uint4,
     (8, False): jnp.uint8,
+    # Orbax cannot store `uint2` and `uint4`: their bits are held as two's complement.
+    (2, False): jnp.int2,
+    (4, False): jnp.int4,
 }
 
 
@@ -33,6 +34,12 @@ def dtype_bits(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.floating):
         return int(ml_dtypes.finfo(dtype).bits)
     return 8 * dtype.itemsize
+
+
+def wide_dtype(dtype: Any) -> jnp.dtype:
+    """Returns the type to compute in: `float32`, or ``dtype`` itself where that is wider."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def array_bits(x: Any) -> int:
@@ -70,8 +77,9 @@ def has_planes(bits: int) -> bool:
 def pack_codes(codes: jax.Array, *, bits: int, signed: bool) -> jax.Array:
     """Packs integer codes to ``bits`` bits each.
 
-    Widths 2, 4 and 8 become `jnp.int2/int4/int8` (or unsigned), which XLA packs.
-    Other widths become bit planes: plane `b` holds bit `b` of two's complement.
+    Widths 2, 4 and 8 become `jnp.int2/int4/int8`, which XLA packs; unsigned codes are the
+    same bits of `int2` and `int4`, or `uint8`. Other widths become bit planes: plane `b`
+    holds bit `b` of two's complement.
 
     Args:
       codes: integers in the range of the width, shape `[..., n]`.
@@ -82,10 +90,12 @@ def pack_codes(codes: jax.Array, *, bits: int, signed: bool) -> jax.Array:
       `[..., n]` of a packed integer type, or `uint8` planes `[..., bits, ceil(n / 8)]`.
     """
     if not has_planes(bits):
+        if not signed and bits < 8:
+            codes = codes.astype(jnp.int32)
+            codes = codes - ((codes >> (bits - 1)) << bits)
         return codes.astype(_NATIVE[bits, signed])
-    wide = codes.astype(jnp.int32)[..., None, :]
-    planes = (wide >> jnp.arange(bits, dtype=jnp.int32)[:, None]) & 1
-    return pack_bits(planes.astype(bool))
+    wide = codes.astype(jnp.int32)
+    return pack_bits(jnp.stack([(wide >> b) & 1 for b in range(bits)], axis=-2).astype(bool))
 
 
 def unpack_codes(packed: jax.Array, n: int, *, bits: int, signed: bool) -> jax.Array:
@@ -101,12 +111,11 @@ def unpack_codes(packed: jax.Array, n: int, *, bits: int, signed: bool) -> jax.A
       `int32` codes, shape `[..., n]`.
     """
     if not has_planes(bits):
-        return packed.astype(jnp.int32)
+        codes = packed.astype(jnp.int32)
+        return codes if signed else codes & ((1 << bits) - 1)
     planes = unpack_bits(packed, n).astype(jnp.int32)
-    weights = [1 << b for b in range(bits)]
-    if signed:
-        weights[-1] = -weights[-1]
-    return jnp.sum(planes * jnp.array(weights, jnp.int32)[:, None], axis=-2)
+    codes = sum(planes[..., b, :] << b for b in range(bits))
+    return codes - ((codes >> (bits - 1)) << bits) if signed else codes
 
 
 def is_concrete(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from ._bits import is_concrete
 from ._encoded import is_encoded
 from ._encoder import Encoder
 from ._paths import flatten
+from ._progress import bar
 from ._recipe import Decision, Rule, decide
 
 
@@ -25,6 +27,7 @@ def compress(
     stats: Any = None,
     key: jax.Array | None = None,
     donate: bool = False,
+    progress: bool = False,
 ) -> Any:
     """Replaces the parameters a recipe names by their encodings.
 
@@ -34,12 +37,14 @@ def compress(
 
     Args:
       params: pytree of arrays: a linen ``variables`` or ``variables["params"]``, an nnx state,
-        a dict; or a tree that is compressed already.
+        a dict; or a tree that is compressed already. NumPy arrays count as what JAX makes of
+        them: `float64` as `float32` unless x64 is enabled.
       recipe: rules, most specific first.
       stats: ``{path: statistics}`` from calibration, for encoders that need them.
       key: random key for encoders that draw; each path gets its own.
-      donate: delete each dense array once it is encoded, so that the peak is that of the
+      donate: delete each dense array once its last use is encoded, so that the peak is that of the
         compressed tree plus one leaf. ``params`` must not be used afterwards.
+      progress: show a bar, a step for each leaf.
 
     Returns:
       A tree of the same structure with :class:`Encoded` leaves where a rule applied.
@@ -61,16 +66,20 @@ def compress(
       ValueError: compress: rule 0 ('.*/kernl'): it matches no parameter. Paths are: dense/bias, dense/kernel
     """  # noqa: E501
     leaves, unflatten = flatten(params)
+    decisions = decide(leaves, recipe, who="compress")
     values = []
-    for d in decide(leaves, recipe, who="compress"):
-        if d.encoder is None:
-            values.append(d.parameter.value)
-            continue
-        new = encode(d, stats=stats, key=key, who="compress")
-        if donate and is_concrete(d.parameter.value) and isinstance(d.parameter.value, jax.Array):
-            jax.block_until_ready(new)
-            _delete(d.parameter.value, new)
-        values.append(new)
+    uses = collections.Counter(id(p.value) for p in leaves)  # tied weights are one array
+    with bar("compress", len(decisions), show=progress) as advance:
+        for d in decisions:
+            new = old = d.parameter.value
+            if d.encoder is not None:
+                new = encode(d, stats=stats, key=key, who="compress")
+                uses[id(old)] -= 1
+                if donate and not uses[id(old)] and isinstance(old, jax.Array) and is_concrete(old):
+                    jax.block_until_ready(new)
+                    _delete(old, new)
+            values.append(new)
+            advance(d.parameter.path)
     return unflatten(values)
 
 
@@ -108,10 +117,10 @@ def _delete(dense: jax.Array, new: Any) -> None:
 
 
 def straight_through(recipe: Sequence[Rule]) -> Callable[..., Any]:
-    """Makes the function that shows training what a recipe does to the parameters.
+    r"""Makes the function that shows training what a recipe does to the parameters.
 
-    .. math:: w \\mapsto \\mathrm{materialize}(\\mathrm{enc}(w)), \\qquad
-              \\partial w \\mapsto \\partial w
+    .. math:: w \mapsto \mathrm{materialize}(\mathrm{enc}(w)), \qquad
+              \partial w \mapsto \partial w
 
     Forward values are bit for bit those of the compressed tree; derivatives pass as if
     nothing had happened, in forward and in reverse mode. Inserted before a loss it gives

@@ -65,11 +65,8 @@ class Encoded:
         return size
 
     def materialize(self) -> jax.Array:
-        """Rebuilds the tensor: `shape`, `dtype`."""
-        rebuild = type(self).rebuild
-        for _ in self.stack:
-            rebuild = jax.vmap(rebuild)
-        return rebuild(self)
+        """Rebuilds the tensor: `shape`, `dtype`; compiled once for each shape."""
+        return _rebuild(self)
 
     def parts(self) -> dict[str, Any]:
         """Returns the array fields by name; a field may be another :class:`Encoded`."""
@@ -105,6 +102,14 @@ class Encoded:
 
     part_names: ClassVar[tuple[str, ...]] = ()
     static_names: ClassVar[tuple[str, ...]] = ()
+
+
+@jax.jit
+def _rebuild(leaf: Encoded) -> jax.Array:
+    rebuild = type(leaf).rebuild
+    for _ in leaf.stack:
+        rebuild = jax.vmap(rebuild)
+    return rebuild(leaf)
 
 
 def _brief(x: Any) -> str:
@@ -169,9 +174,9 @@ def materialize(tree: Any) -> Any:
 
 @leaf
 class Masked(Encoded):
-    """A pruned tensor: a packed mask and the values it keeps.
+    r"""A pruned tensor: a packed mask and the values it keeps.
 
-    .. math:: w_i = m_i \\, v_i
+    .. math:: w_i = m_i \, v_i
 
     ``values`` always has the dense core shape. Entries that the mask drops are zero, and
     the mask is applied again by :meth:`materialize`, whatever an optimizer did to them.

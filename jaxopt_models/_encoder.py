@@ -65,7 +65,8 @@ class Encoder:
           w: floating tensor, or a leaf. The values of a :class:`Masked` leaf are encoded
             under its mask; any other leaf is rebuilt and encoded anew.
           axes: roles of the axes; default: last is out, no stack.
-          keep: booleans of the shape of ``w``; entries that are false become zero.
+          keep: booleans of the shape of ``w``; entries that are false become zero and stay
+            so, in a :class:`Masked` leaf.
           stats: statistics from calibration, for encoders with ``needs``.
           key: random key, for encoders that draw.
 
@@ -78,6 +79,12 @@ class Encoder:
         """
         if is_encoded(w):
             return self._again(w, axes=axes, keep=keep, stats=stats, key=key)
+        new = self._encode(w, axes=axes, keep=keep, stats=stats, key=key)
+        if keep is None or isinstance(new, Masked):
+            return new
+        return _masked(keep, new, len(new.stack))
+
+    def _encode(self, w: jax.Array, *, axes: Any, keep: Any, stats: Any, key: Any) -> Encoded:
         check_tensor(w)
         axes = (axes or Axes()).resolve(w.ndim)
         if keep is not None:
@@ -95,16 +102,16 @@ class Encoder:
         if axes.stack != len(old.stack):
             raise ValueError(f"axes say stack={axes.stack}, the leaf has stack axes {old.stack}")
         if not isinstance(old, Masked):
-            new = self(old.materialize(), axes=axes, keep=keep, stats=stats, key=key)
+            new = self._encode(old.materialize(), axes=axes, keep=keep, stats=stats, key=key)
             if isinstance(new, Masked):
                 raise ValueError(
                     f"{self} would prune a {old.kind()} leaf and lose its codes; prune first, "
                     f"then encode: chain({type(self).__name__}(...), ...)"
                 )
-            return new
+            return new if keep is None else _masked(keep, new, len(old.stack))
         mask = old.keep() if keep is None else jnp.logical_and(old.keep(), keep)
         values = old.values.materialize() if is_encoded(old.values) else old.values
-        new = self(values, axes=axes, keep=mask, stats=stats, key=key)
+        new = self._encode(values, axes=axes, keep=mask, stats=stats, key=key)
         if isinstance(new, Masked):
             if is_encoded(old.values):
                 raise ValueError(
@@ -145,12 +152,16 @@ def check_tensor(w: Any) -> None:
         raise TypeError(f"expected a real floating tensor, got {w.dtype}; keep it dense (None)")
     if math.prod(w.shape) == 0:
         raise ValueError(f"the tensor is empty, shape {tuple(w.shape)}; keep it dense (None)")
-    if is_concrete(w) and not bool(jnp.all(jnp.isfinite(w))):
-        bad = int(jnp.sum(~jnp.isfinite(w)))
+    if is_concrete(w) and (bad := int(_not_finite(w))):
         raise ValueError(
             f"{bad} of {math.prod(w.shape)} entries are NaN or Inf; repair the weights first "
             "(a diverged training run, or a mask applied as -inf)"
         )
+
+
+@jax.jit
+def _not_finite(w: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(w))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def flatten(tree: Any) -> tuple[list[Parameter], Callable[[list[Any]], Any]]:
     """Lists the leaves of a tree in order, and returns how to put new values in place.
 
     A box (``nnx.Variable``, linen ``Partitioned``) counts as the array inside it; the new
-    value goes inside the same box.
+    value goes inside the same box. An empty one is a hole, as ``None`` is.
 
     Args:
       tree: any pytree.
@@ -71,12 +71,15 @@ def flatten(tree: Any) -> tuple[list[Parameter], Callable[[list[Any]], Any]]:
     collections = is_variables(tree)
     leaves, rebuild = [], []
     for keys, node in entries:
+        inner, put = open_box(node, boxes)
+        if inner is None:
+            rebuild.append(None)
+            continue
         names = [key_name(k) for k in keys]
         reason = ""
         if collections:
             reason = "" if names[0] == "params" else f"collection {names[0]!r}"
             names = names[1:] if names[0] == "params" else names
-        inner, put = open_box(node, boxes)
         reason = reason or _not_a_parameter(node, inner)
         leaves.append(Parameter("/".join(names), inner, reason))
         rebuild.append(put)
@@ -90,7 +93,13 @@ def flatten(tree: Any) -> tuple[list[Parameter], Callable[[list[Any]], Any]]:
         seen.add(p.path)
 
     def unflatten(values: list[Any]) -> Any:
-        return treedef.unflatten([put(v) for put, v in zip(rebuild, values, strict=True)])
+        new = iter(values)
+        nodes = [
+            node if put is None else put(next(new))
+            for (_, node), put in zip(entries, rebuild, strict=True)
+        ]
+        assert next(new, new) is new, "more values than leaves"
+        return treedef.unflatten(nodes)
 
     return leaves, unflatten
 
@@ -116,7 +125,9 @@ def open_box(node: Any, boxes: tuple[type, ...]) -> tuple[Any, Callable[[Any], A
     if not isinstance(node, boxes) or is_encoded(node):
         return node, lambda value: value
     inside, treedef = jax.tree_util.tree_flatten(node, is_leaf=is_encoded)
-    if len(inside) != 1:
+    if not inside:
+        return None, lambda value: node
+    if len(inside) > 1:
         return node, lambda value: value
     return inside[0], lambda value: treedef.unflatten([value])
 

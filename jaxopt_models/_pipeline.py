@@ -123,13 +123,12 @@ def deep_compression(
 
     Example:
       >>> import jax.numpy as jnp, jaxopt_models as jom
-      >>> from jaxopt_models._pipeline import Steps
       >>> params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
       >>> loss = lambda p, x: jnp.mean((x @ p["w"] - x) ** 2)
       >>> recipe = [jom.Rule("w", jom.chain(
       ...     jom.prune.Magnitude(sparsity=0.75), jom.codebook.KMeans(bits=2)))]
       >>> out = jom.deep_compression(params, loss, lambda step: jnp.eye(8), recipe=recipe,
-      ...                            steps=Steps(prune=20, tune=10), progress=False)
+      ...                            steps=jom.Steps(prune=20, tune=10), progress=False)
       >>> out.small["w"].kind(), int((out.small["w"].materialize() != 0).sum())
       ('Masked(Clustered)', 16)
 
@@ -158,13 +157,17 @@ def deep_compression(
         evaluate=evaluate,
         parameters=sum(x.size for x in jax.tree.leaves(params) if hasattr(x, "size")),
     )
+    # What a file of the pruned parameters takes: the recipe without its other encoders.
+    pruning = [Rule(rule.path, find_magnitude(rule.encoder), rule.axes) for rule in recipe]
     with run.checkpoints:
         dense = run.stage("train", params, steps.train, offset=0)
         if steps.prune:
             end = max(1, int(steps.ramp * steps.prune))
             schedule = cubic_schedule(1.0, begin=0, end=end)
             tail = gradual(schedule, recipe=recipe, every=steps.every)
-            dense = run.stage("prune", dense, steps.prune, offset=steps.train, tail=tail)
+            dense = run.stage(
+                "prune", dense, steps.prune, offset=steps.train, tail=tail, counted=pruning
+            )
         small = compress(dense, recipe, key=key)
         run.record("share", 0, small)
         small = run.stage("tune", small, steps.tune, offset=steps.train + steps.prune)
@@ -216,7 +219,9 @@ class _Run:
     parameters: int
     rows: list[tuple] = dataclasses.field(default_factory=list)
 
-    def stage(self, name: str, tree: Any, steps: int, *, offset: int, tail: Any = None) -> Any:
+    def stage(
+        self, name: str, tree: Any, steps: int, *, offset: int, tail: Any = None, counted: Any = ()
+    ) -> Any:
         """Trains ``tree`` for some steps, or goes on where a checkpoint left it."""
         if not steps:
             return tree
@@ -244,7 +249,7 @@ class _Run:
                 self.checkpoints.save(name, state)
             raise
         tree = combine(state.trainable, state.rest)
-        self.record(name, steps, tree)
+        self.record(name, steps, compress(tree, counted))
         return tree
 
     def record(self, name: str, steps: int, tree: Any, *, file_bytes: int | None = None) -> None:

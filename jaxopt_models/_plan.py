@@ -54,6 +54,8 @@ def plan(params: Any, recipe: Sequence[Rule], *, stats: Any = None) -> Table:
             with named(f"plan: {p.path}"):
                 leaf = _abstract(d.encoder, p, given, stats)
             new, axes = leaf.storage_bits(), _roles(shape, given)
+            if leaf.dtype != p.value.dtype:
+                note = f"{p.value.dtype} is read as {leaf.dtype}: JAX_ENABLE_X64 is not set"
         elif not note:
             note = "kept dense by the recipe" if d.rule else "no rule matches"
         before, after = before + old, after + new
@@ -69,8 +71,13 @@ def plan(params: Any, recipe: Sequence[Rule], *, stats: Any = None) -> Table:
 def _abstract(encoder: Any, p: Parameter, axes: Axes | None, stats: Any) -> Any:
     found = None if stats is None else stats.get(p.path)
     key = fold(jax.random.key(0), p.path)
-    value = p.value if is_encoded(p.value) else jax.ShapeDtypeStruct(p.value.shape, p.value.dtype)
+    value = p.value if is_encoded(p.value) else jax.ShapeDtypeStruct(p.value.shape, _seen(p.value))
     return jax.eval_shape(lambda w: encoder(w, axes=axes, stats=found, key=key), value)
+
+
+def _seen(x: Any) -> Any:
+    """Returns the type that JAX gives an array: without x64 `float64` is read as `float32`."""
+    return jax.dtypes.canonicalize_dtype(x.dtype)
 
 
 def _roles(shape: tuple[int, ...], axes: Axes | None) -> str:
@@ -90,7 +97,7 @@ def _stored_bits(x: Any) -> int:
 
 
 def report(params: Any, small: Any) -> Table:
-    """Says what became of each parameter: kind, bytes by part, error.
+    r"""Says what became of each parameter: kind, bytes by part, error.
 
     Args:
       params: the dense tree, or ``None`` where it is gone (no errors then).
@@ -98,7 +105,7 @@ def report(params: Any, small: Any) -> Table:
 
     Returns:
       For a tree: path, kind, shape, bytes in memory by part, bits an entry, and the
-      relative error :math:`\\|w - \\hat w\\|_2 / \\|w\\|_2`. For a file: what it holds by
+      relative error :math:`\|w - \hat w\|_2 / \|w\|_2`. For a file: what it holds by
       section, in bytes that add up to its length.
 
     Raises:

@@ -26,7 +26,7 @@ class Rule:
 
     Raises:
       ValueError: for a malformed expression.
-      TypeError: for an encoder that is none.
+      TypeError: for an encoder that is none, or axes that are none.
 
     Example:
       >>> import jaxopt_models as jom
@@ -47,6 +47,10 @@ class Rule:
             raise TypeError(
                 f"Rule: encoder for {self.path!r} is {self.encoder!r}; give an encoder such as "
                 "quant.Int(bits=8), or None to keep the parameters dense"
+            )
+        if self.axes is not None and not isinstance(self.axes, Axes):
+            raise TypeError(
+                f"Rule: axes for {self.path!r} are {self.axes!r}; give Axes(out=..., stack=...)"
             )
 
     def __repr__(self) -> str:

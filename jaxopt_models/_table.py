@@ -73,13 +73,15 @@ class Table:
     def _rich(self) -> Any:
         from rich import box
         from rich.table import Table as RichTable
+        from rich.text import Text  # names may hold brackets, which rich reads as markup
 
-        table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left")
+        title = Text(self.title) if self.title else None
+        table = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for name in self.columns:
             numeric = any(isinstance(v, (int, float)) for v in self.column(name))
-            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*(show_value(v) for v in row.values()))
+            table.add_row(*(Text(show_value(v)) for v in row.values()))
         return table
 
     def _repr_html_(self) -> str:

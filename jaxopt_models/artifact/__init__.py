@@ -1,11 +1,11 @@
 """The file format: one file, entropy-coded, no pickle, checked before it is used."""
 
 from ._errors import ArtifactError as ArtifactError
-from ._file import inspect as inspect
 from ._file import load as load
 from ._file import load_recipe as load_recipe
 from ._file import save as save
 from ._file import size as size
+from ._inspect import inspect as inspect
 from ._masks import MaskLayout as MaskLayout
 from ._masks import MaskStream as MaskStream
 from ._masks import decode_mask as decode_mask

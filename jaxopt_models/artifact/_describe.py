@@ -1,10 +1,11 @@
 """What a section holds: descriptions in the index, checked before anything is read.
 
-- ``[0, dtype, shape, stored]`` an array; ``stored`` is the type of its raw bytes, or ``""``
-  for small integers, which are entropy-coded: coder and two lengths follow;
+- ``[0, dtype, shape, stored]`` an array; ``stored`` is the type of its raw bytes, whose
+  number follows for values under a mask, or ``""`` for types of at most 8 bits, which are
+  entropy-coded: coder and two lengths follow;
 - ``[1, impl, array]`` random keys, with the description of their data;
-- ``[name, [static fields], [parts]]`` a leaf; a part is ``None`` or one of these, or where
-  its class declares it
+- ``[name, [static fields], [parts]]`` a leaf, and its shape if its class is a stranger's; a
+  part is ``None`` or one of these, or where its class declares it
 - ``[2, stack, layout, table, payload]`` a mask, with the lengths of its streams, or
 - ``[3, stack, coder, table, payload]`` packed codes.
 """
@@ -13,43 +14,48 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from .._axes import Matrix
 from .._encoded import Encoded, Masked
 from ..codebook._clustered import Clustered
 from ..quant._quantized import Quantized
-from ._errors import ArtifactError
+from ._errors import ArtifactError, brief
 from ._masks import MaskLayout
 from ._symbols import Coder
 
 ARRAY, KEYS, MASK, CODES = 0, 1, 2, 3
 BUILT_IN: dict[str, type[Encoded]] = {c.__name__: c for c in (Masked, Quantized, Clustered)}
 
-#: Integer types that are entropy-coded: their bits and whether they are signed.
-SMALL = {"bool": (1, False)} | {
-    f"{sign}int{bits}": (bits, not sign) for bits in (2, 4, 8) for sign in ("", "u")
-}
-_MINI = {name for name in dir(ml_dtypes) if name.startswith("float") and name != "finfo"}
+_MINI = {n for n in dir(ml_dtypes) if n.startswith(("float4", "float6", "float8"))}
 _FLOATS = {"float16", "float32", "float64", "bfloat16"} | _MINI
+_INTEGERS = {f"{sign}int{bits}" for bits in (2, 4, 8, 16, 32, 64) for sign in ("", "u")}
+#: Types that are entropy-coded: their bits and whether they are signed integers.
+SMALL = (
+    {"bool": (1, False)}
+    | {f"{sign}int{bits}": (bits, not sign) for bits in (2, 4, 8) for sign in ("", "u")}
+    | {name: (ml_dtypes.finfo(name).bits, False) for name in _MINI}
+)
 #: Types that are stored as raw little-endian bytes.
-RAW = _FLOATS | {f"{sign}int{bits}" for bits in (16, 32, 64) for sign in ("", "u")}
-RAW |= {"complex64", "complex128"}
+RAW = ((_FLOATS | _INTEGERS) - set(SMALL)) | {"complex64", "complex128"}
 
 _DEPTH = 8
 _MOST_AXES = 32
+# Also where an axis of length 0 hides the others.
+_MOST_PLACES = 1 << 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stream of a section: what it is, how it is coded, its bytes (``None``: the rest)."""
+    """A stream of a section: what it is, how it is coded, its bytes."""
 
     part: str
     coder: str
-    bytes: int | None
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +65,22 @@ class Described:
     Args:
       kind: ``"dense"``, ``"keys"`` or the nesting of leaves.
       shape: shape of the tensor.
+      dtype: its type; ``""`` where only the class of a stranger knows it.
       pieces: its streams in order.
       entries: entries of all arrays that reading it allocates.
     """
 
     kind: str
     shape: tuple[int, ...]
+    dtype: str
     pieces: tuple[Piece, ...]
     entries: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of floating values the tensor stands for."""
+        floating = self.dtype in _FLOATS or self.dtype.startswith("complex") or not self.dtype
+        return math.prod(self.shape) if floating else 0
 
 
 def class_name(cls: type) -> str:
@@ -83,6 +97,9 @@ def to_tuple(value: Any) -> Any:
 def check(d: Any, types: Mapping[str, type[Encoded]]) -> Described:
     """Checks the description of a section and says what it holds.
 
+    The parts of our own leaves must fit each other; what a stranger's leaf makes of its
+    parts is seen when it is read.
+
     Args:
       d: what the index holds.
       types: leaf classes that a file may name.
@@ -98,72 +115,102 @@ def check(d: Any, types: Mapping[str, type[Encoded]]) -> Described:
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:
         if isinstance(e, ArtifactError):
             raise
-        raise ArtifactError(f"a description is malformed: {d!r:.80}") from e
+        raise ArtifactError(f"a description is malformed: {brief(d)}") from e
 
 
 def _check(d: Any, types: Mapping[str, type[Encoded]], *, masked: bool, depth: int) -> Described:
     _need(type(d) is list and len(d) >= 3 and depth < _DEPTH, d)
     if type(d[0]) is str:
         return _check_leaf(d, types, depth)
+    _need(type(d[0]) is int and type(d[1]) is str, d)
     if d[0] == KEYS:
-        _need(len(d) == 3 and type(d[1]) is str and d[2][0] == ARRAY, d)
+        _need(len(d) == 3 and d[2][:2] == [ARRAY, "uint32"], d)
         data = _check(d[2], types, masked=False, depth=depth + 1)
         pieces = tuple(dataclasses.replace(p, part="keys") for p in data.pieces)
-        return Described("keys", data.shape[:-1], pieces, data.entries)
-    _need(d[0] == ARRAY and type(d[1]) is str, d)
+        return Described("keys", data.shape[:-1], "key", pieces, data.entries)
+    _need(d[0] == ARRAY, d)
     shape = _shape(d[2])
     entries = math.prod(shape)
     if d[3] == "":
         _need(d[1] in SMALL, d)
-        return Described("dense", shape, _coded("dense", d[4:], Coder), entries)
-    _need(d[1] in RAW and d[3] in RAW and len(d) == 4, d)
+        return Described("dense", shape, d[1], _coded("dense", d[4:], Coder), entries)
+    _need(d[1] in RAW and d[3] in RAW and len(d) == 4 + masked, d)
     _need(d[3] == d[1] or (d[1] == "float32" and d[3] in ("bfloat16", "float16")), d)
-    size = None if masked else entries * np.dtype(d[3]).itemsize
-    return Described("dense", shape, (Piece("dense", d[3], size),), entries)
+    size = d[4] if masked else entries * np.dtype(d[3]).itemsize
+    _need(type(size) is int and 0 <= size <= entries * np.dtype(d[3]).itemsize, d)
+    return Described("dense", shape, d[1], (Piece("dense", d[3], size),), entries)
 
 
 def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], depth: int) -> Described:
-    name, statics, parts = d
+    name, statics, parts, *shape = d
     if name not in types:
         raise ArtifactError(
-            f"the file holds a leaf of class {name!r}; if you trust it, pass types=[that class]"
+            f"the file holds a leaf of class {brief(name)}; if you trust it, pass "
+            "types=[that class]"
         )
     cls = types[name]
+    _need(len(shape) == (name not in BUILT_IN), d)
     _need(type(statics) is list and len(statics) == len(cls.static_names), d)
     _need(type(parts) is list and len(parts) == len(cls.part_names), d)
     fields = dict(zip(cls.static_names, map(to_tuple, statics), strict=True))
     core = _shape(list(fields["core"]))
-    if "bits" in fields:
+    if "codes" in cls.coded.values():
         _need(type(fields["bits"]) is int and 1 <= fields["bits"] <= 8, d)
-    if "dtype_name" in fields:
-        _need(fields["dtype_name"] in _FLOATS, d)
-    if "out" in fields:
-        out = fields["out"]
-        _need(all(type(a) is int and 0 <= a < len(core) for a in out), d)
-        _need(len(set(out)) == len(out), d)
-    kind, pieces, entries, shape = cls.__name__, [], 0, core
+    kind, pieces, entries = cls.__name__, [], 0
+    below: dict[str, Described] = {}
     for field, part in zip(cls.part_names, parts, strict=True):
         how = cls.coded.get(field)
         if part is None:
             continue
-        if how is not None:
-            _need(part[0] == (MASK if how == "mask" else CODES), d)
-            shape = (*_shape(part[1]), *core)
-            entries += math.prod(shape)
+        if how is None:
+            masked = issubclass(cls, Masked) and field == "values"
+            below[field] = _check(part, types, masked=masked, depth=depth + 1)
+            if type(part[0]) is str:
+                kind = f"{kind}({below[field].kind})"
+        else:
+            _need(type(part) is list and part[0] == (MASK if how == "mask" else CODES), d)
+            full = (*_shape(part[1]), *core)
             names = MaskLayout if how == "mask" else Coder
-            pieces += _coded("index" if how == "mask" else field, part[2:], names)
-            continue
-        below = _check(part, types, masked=issubclass(cls, Masked), depth=depth + 1)
-        entries += below.entries
-        if type(part[0]) is str:
-            kind, shape = f"{kind}({below.kind})", below.shape
-        elif issubclass(cls, Masked):
-            shape = below.shape
-        renamed = (
-            dataclasses.replace(p, part=field) if p.part == "dense" else p for p in below.pieces
+            coded = _coded("index" if how == "mask" else field, part[2:], names)
+            below[field] = Described(how, _shape(list(full)), how, coded, math.prod(full))
+        entries += below[field].entries
+        pieces += (
+            dataclasses.replace(p, part=field) if p.part == "dense" else p
+            for p in below[field].pieces
         )
-        pieces += renamed
-    return Described(kind, shape, tuple(pieces), entries)
+    if shape:
+        return Described(kind, _shape(shape[0]), "", tuple(pieces), entries)
+    fits = _masked_fits if cls is Masked else _codes_fit
+    _need(fits(cls, fields, below), d)
+    whole = below[cls.part_names[0]].shape
+    dtype = below["values"].dtype if cls is Masked else fields["dtype_name"]
+    return Described(kind, whole, dtype, tuple(pieces), entries)
+
+
+def _masked_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    if set(parts) != {"mask", "values"} or parts["values"].kind == "keys":
+        return False
+    return parts["mask"].shape == parts["values"].shape
+
+
+def _codes_fit(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    """Checks what `Quantized` and `Clustered` ask of their parts."""
+    core, out = fields["core"], fields["out"]
+    axes = type(out) is tuple and all(type(a) is int and 0 <= a < len(core) for a in out)
+    if not axes or len(set(out)) != len(out) or fields["dtype_name"] not in _FLOATS:
+        return False
+    table = parts.get("scale" if cls is Quantized else "codebook")
+    if "codes" not in parts or table is None:
+        return False
+    m, shape = Matrix(core, out), parts["codes"].shape
+    *ahead, last = table.shape
+    fits = table.kind == "dense" and table.dtype in _FLOATS and last > 0
+    fits = fits and tuple(ahead) == (*shape[: len(shape) - len(core)], *m.out_shape)
+    if cls is Clustered:
+        return fits
+    zero = parts.get("zero_point")
+    fits = fits and m.rows % last == 0
+    return fits and (zero is None or (zero.shape == table.shape and zero.dtype in _INTEGERS))
 
 
 def _coded(part: str, numbers: Any, names: Any) -> tuple[Piece, Piece]:
@@ -174,17 +221,11 @@ def _coded(part: str, numbers: Any, names: Any) -> tuple[Piece, Piece]:
 
 def _shape(shape: Any) -> tuple[int, ...]:
     _need(type(shape) is list and len(shape) <= _MOST_AXES, shape)
-    _need(all(type(n) is int and 0 <= n < 1 << 40 for n in shape), shape)
+    _need(all(type(n) is int and n >= 0 for n in shape), shape)
+    _need(math.prod(max(1, n) for n in shape) < _MOST_PLACES, shape)
     return tuple(shape)
 
 
 def _need(holds: bool, d: Any) -> None:
     if not holds:
-        raise ArtifactError(f"a description is malformed: {d!r:.80}")
-
-
-def sized(pieces: tuple[Piece, ...], length: int) -> Iterator[Piece]:
-    """Fills in the one length that only the section knows."""
-    known = sum(p.bytes for p in pieces if p.bytes is not None)
-    for p in pieces:
-        yield p if p.bytes is not None else dataclasses.replace(p, bytes=length - known)
+        raise ArtifactError(f"a description is malformed: {brief(d)}")

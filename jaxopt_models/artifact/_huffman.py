@@ -7,7 +7,7 @@ import numpy as np
 from ._errors import ArtifactError
 
 MOST_BITS = 15
-_CHUNK = 1 << 16
+_CHUNK = 1 << 13
 
 
 def code_lengths(counts: np.ndarray) -> np.ndarray:
@@ -94,26 +94,29 @@ def encode(symbols: np.ndarray, lengths: np.ndarray) -> bytes:
 
 
 def decode(payload: bytes, lengths: np.ndarray, count: int) -> np.ndarray:
-    """Reads `int64[count]` symbols back; the payload must end with them."""
+    """Reads `uint16[count]` symbols back; the payload must end with them."""
     if count > 8 * len(payload):
         raise ArtifactError(f"{len(payload)} bytes of Huffman codes cannot hold {count} symbols")
     order, _ = _canonical(lengths)
-    symbol_at = np.repeat(order, 1 << MOST_BITS - lengths[order])
-    length_at = lengths[symbol_at].astype(np.uint8)
-    data = np.frombuffer(payload + bytes(2), np.uint8).astype(np.uint32)
-    shifts = np.arange(9, 1, -1, dtype=np.uint32)
+    # Symbol and length for any bits that may come next, as many as the longest code has.
+    most = int(lengths.max())
+    spans = 1 << most - lengths[order]
+    symbol_at = np.repeat(order.astype(np.uint16), spans)
+    length_at = np.repeat(lengths[order].astype(np.uint8), spans)
+    data = np.frombuffer(payload + bytes(2), np.uint8)
+    shifts = np.arange(24 - most, 16 - most, -1, dtype=np.uint32)
     out, left, at = [], count, 0
     for start in range(0, len(payload), _CHUNK):
         size = min(_CHUNK, len(payload) - start)
-        window = data[start : start + size + 2]
+        window = data[start : start + size + 2].astype(np.uint32)
         window = window[:-2] << 16 | window[1:-1] << 8 | window[2:]
-        # The 15 bits that start at every bit of the chunk.
-        window = (window[:, None] >> shifts & (1 << MOST_BITS) - 1).reshape(-1)
+        # The bits that start at every bit of the chunk.
+        window = (window[:, None] >> shifts & np.uint32((1 << most) - 1)).reshape(-1)
         steps, places, end = length_at[window].tolist(), [], 8 * size
         while at < end and len(places) < left:
             places.append(at)
             at += steps[at]
-        out.append(symbol_at[window[places]] if places else order[:0])
+        out.append(symbol_at[window[places]] if places else symbol_at[:0])
         left -= len(places)
         if not left:
             if start + size != len(payload) or not 0 <= end - at < 8:

@@ -7,76 +7,94 @@ are. Under a mask only kept codes and values are written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._bits import pack_bits, pack_codes
 from .._encoded import Encoded, Masked, is_encoded
-from ._describe import ARRAY, CODES, KEYS, MASK, RAW, SMALL, class_name, to_tuple
+from ._describe import ARRAY, BUILT_IN, CODES, KEYS, MASK, RAW, SMALL, class_name, to_tuple
 from ._errors import ArtifactError
 from ._masks import decode_mask, encode_mask
+from ._packing import pack_codes, pack_mask, to_jax, unpack_codes, unpack_mask
 from ._symbols import decode, encode
 
 
 class SectionWriter:
-    """Collects the streams of one tensor."""
+    """Collects the streams of one tensor.
+
+    Args:
+      dense: type in which `float32` arrays, and values under a mask, are stored.
+    """
 
     def __init__(self, dense: str | None = None) -> None:
-        self.chunks: list[bytes] = []
+        self.chunks: list[bytes | memoryview] = []
         self.dense = dense
 
-    def leaf(self, x: Any, keep: np.ndarray | None = None) -> list[Any]:
+    def tensor(self, x: Any) -> list[Any]:
+        """Writes a whole tensor and returns its description."""
+        return self.leaf(x, dense=self.dense)
+
+    def leaf(
+        self, x: Any, keep: np.ndarray | None = None, *, dense: str | None = None
+    ) -> list[Any]:
         """Writes an array or a compressed leaf and returns its description."""
         if not is_encoded(x):
-            return self.array(x, keep)
-        statics = [_plain_static(getattr(x, n)) for n in type(x).static_names]
-        if isinstance(x, Masked):
-            keep = np.asarray(x.keep())
+            return self.array(x, keep, dense=dense)
+        cls = type(x)
+        statics = [_plain_static(getattr(x, n)) for n in cls.static_names]
+        outer = keep
         parts: list[Any] = []
-        for name in type(x).part_names:
-            part, how = getattr(x, name), type(x).coded.get(name)
+        for name in cls.part_names:
+            part, how = getattr(x, name), cls.coded.get(name)
+            if part is None and how is not None:
+                raise TypeError(
+                    f"a {cls.__name__} without {name} is half a leaf; combine(...) the halves of "
+                    "partition first"
+                )
             if part is None:
                 parts.append(None)
             elif how == "mask":
-                parts.append(self._mask(np.asarray(x.keep()), x))
+                keep = unpack_mask(part, x.core, x.shape)
+                parts.append(self._mask(keep, x))
             elif how == "codes":
-                parts.append(self._codes(x, keep))
+                parts.append(self._codes(part, x, outer))
+            elif isinstance(x, Masked) and name == "values":
+                parts.append(self.leaf(part, keep, dense=self.dense))
             else:
-                inner = keep if isinstance(x, Masked) else None
-                parts.append(self.leaf(part, inner))
-        return [class_name(type(x)), statics, parts]
+                parts.append(self.leaf(part))
+        description = [class_name(cls), statics, parts]
+        return description if BUILT_IN.get(cls.__name__) is cls else [*description, list(x.shape)]
 
-    def array(self, x: Any, keep: np.ndarray | None = None) -> list[Any]:
+    def array(
+        self, x: Any, keep: np.ndarray | None = None, *, dense: str | None = None
+    ) -> list[Any]:
         """Writes a dense array, or under ``keep`` only its kept entries."""
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return [KEYS, str(jax.random.key_impl(x)), self.array(jax.random.key_data(x))]
         x = np.asarray(x)
-        name = x.dtype.name
-        shape = list(x.shape)
+        name, shape = x.dtype.name, list(x.shape)
         x = x.reshape(-1) if keep is None else x[keep]
         if name in SMALL:
             bits, signed = SMALL[name]
-            symbols = x.astype(np.int32) + ((1 << bits - 1) if signed else 0)
-            return [ARRAY, name, shape, "", *self._symbols(symbols, 1 << bits)]
+            x = x.astype(np.int8) if signed and bits < 8 else np.ascontiguousarray(x)
+            return [ARRAY, name, shape, "", *self._symbols(x.view(np.uint8), bits, signed)]
         if name not in RAW:
             raise TypeError(f"a file cannot hold arrays of {name}")
-        stored = name
-        if self.dense is not None and name == "float32":
-            stored = self.dense
-            with np.errstate(over="ignore"):
-                narrow = x.astype(np.dtype(stored))
-            if not np.array_equal(np.isfinite(narrow.astype(np.float32)), np.isfinite(x)):
-                raise ValueError(f"values beyond the range of {stored}; leave out dense={stored!r}")
-            x = narrow
-        self.chunks.append(np.ascontiguousarray(x).astype(x.dtype.newbyteorder("<")).tobytes())
-        return [ARRAY, name, shape, stored]
+        if dense is not None and name == "float32":
+            x = _narrow(x, dense)
+        stored = x.dtype.name
+        x = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
+        self.chunks.append(memoryview(x.view(np.uint8)))
+        return [ARRAY, name, shape, stored] + ([] if keep is None else [x.nbytes])
 
-    def _symbols(self, symbols: np.ndarray, alphabet: int) -> list[int]:
-        s = encode(symbols, alphabet)
+    def _symbols(self, codes: np.ndarray, bits: int, signed: bool) -> list[int]:
+        """Codes bytes, of which the lowest ``bits`` bits are looked at."""
+        mask = np.uint8((1 << bits) - 1)
+        symbols = (codes ^ np.uint8(1 << bits - 1) if signed else codes) & mask
+        s = encode(symbols, 1 << bits)
         self.chunks += [s.table, s.payload]
         return [int(s.coder), len(s.table), len(s.payload)]
 
@@ -85,24 +103,31 @@ class SectionWriter:
         self.chunks += [m.table, m.payload]
         return [MASK, list(x.stack), int(m.layout), len(m.table), len(m.payload)]
 
-    def _codes(self, x: Any, keep: np.ndarray | None) -> list[Any]:
-        codes = np.asarray(x.integers())
+    def _codes(self, packed: Any, x: Any, keep: np.ndarray | None) -> list[Any]:
+        codes = unpack_codes(packed, x.core, x.shape, bits=x.bits, signed=x.signed).view(np.uint8)
         codes = codes.reshape(-1) if keep is None else codes[keep]
-        offset = (1 << x.bits - 1) if x.signed else 0
-        return [CODES, list(x.stack), *self._symbols(codes + offset, 1 << x.bits)]
+        return [CODES, list(x.stack), *self._symbols(codes, x.bits, x.signed)]
 
 
 class SectionReader:
-    """Takes the streams of one tensor apart; the data may be hostile."""
+    """Takes the streams of one tensor apart; the data may be hostile.
+
+    Args:
+      data: the section.
+      types: leaf classes by their names in the file.
+    """
 
     def __init__(self, data: bytes, types: Mapping[str, type[Encoded]]) -> None:
-        self.data, self.at, self.types = data, 0, types
+        self.data, self.at, self.types = memoryview(data), 0, types
 
     def tensor(self, description: Any) -> Any:
-        """Reads a whole section."""
+        """Reads a whole section. What comes from it goes to JAX when all of it was read."""
         x = self.leaf(description)
         if self.at != len(self.data):
             raise ArtifactError(f"{len(self.data) - self.at} bytes are left in a section")
+        x = jax.tree.map(lambda a: to_jax(a) if isinstance(a, np.ndarray) else a, x)
+        for leaf, shape in _strangers(x, description):
+            _check_stranger(leaf, tuple(shape))
         return x
 
     def leaf(self, d: Any, keep: np.ndarray | None = None) -> Any:
@@ -110,35 +135,30 @@ class SectionReader:
         if isinstance(d[0], str):
             return self._encoded(d, keep)
         if d[0] == KEYS:
-            return _keys(d[1], self.array(d[2], None))
-        return to_jax(self.array(d, keep))
+            return jax.random.wrap_key_data(jnp.asarray(self.array(d[2])), impl=d[1])
+        return self.array(d, keep)
 
-    def array(self, d: Any, keep: np.ndarray | None) -> np.ndarray:
-        """Reads a dense array; under ``keep`` the entries that are not kept are zero."""
+    def array(self, d: Any, keep: np.ndarray | None = None) -> np.ndarray:
+        """Reads a dense array; under ``keep`` the entries that are not kept are zero bytes."""
         _, name, shape, stored, *rest = d
-        size = math.prod(shape)
+        count = math.prod(shape) if keep is None else int(np.count_nonzero(keep))
         if keep is not None and list(keep.shape) != shape:
             raise ArtifactError(f"values of shape {shape} under a mask of {list(keep.shape)}")
-        count = size if keep is None else int(keep.sum())
         if stored == "":
             bits, signed = SMALL[name]
-            flat = self._symbols(rest, count, 1 << bits).astype(np.int16)
-            flat = (flat - ((1 << bits - 1) if signed else 0)).astype(np.dtype(name))
+            flat = self.symbols("dense", rest, count, 1 << bits)
+            flat = _lower(flat, bits).astype(name) if signed else flat.view(name)
         else:
             dtype = np.dtype(stored).newbyteorder("<")
-            raw = self._take(count * dtype.itemsize)
-            flat = np.frombuffer(raw, dtype).astype(np.dtype(name))
-        if keep is None:
-            return flat.reshape(shape)
-        out = np.zeros(shape, flat.dtype)
-        out[keep] = flat
-        return out
+            if rest and rest[0] != count * dtype.itemsize:
+                raise ArtifactError(f"{rest[0]} bytes of {stored} for {count} kept values")
+            flat = np.frombuffer(self._take(count * dtype.itemsize), dtype).astype(name)
+        return _spread(flat, keep, shape)
 
     def _encoded(self, d: Any, outer: np.ndarray | None) -> Encoded:
-        name, statics, parts = d
+        name, statics, parts, *_ = d
         cls = self.types[name]
         fields = dict(zip(cls.static_names, map(to_tuple, statics), strict=True))
-        core = fields["core"]
         keep = outer
         values: dict[str, Any] = {}
         for field, part in zip(cls.part_names, parts, strict=True):
@@ -146,85 +166,92 @@ class SectionReader:
             if part is None:
                 values[field] = None
             elif how == "mask":
-                keep = self._mask(part, core)
-                values[field] = pack_bits(jnp.asarray(keep if core else keep[..., None]))
+                keep = self.mask(part, (*part[1], *fields["core"]))
+                values[field] = pack_mask(keep, fields["core"])
             elif how == "codes":
                 # Whether codes are signed may hang on another part, as on the zero point.
                 blank = dict.fromkeys(cls.part_names) | {
                     f: 0 for f, p in zip(cls.part_names, parts, strict=True) if p is not None
                 }
                 signed = cls(**blank, **fields).signed
-                values[field] = self._codes(part, core, fields["bits"], signed, outer)
+                values[field] = self._codes(field, part, fields, signed, outer)
             else:
-                values[field] = self.leaf(part, keep if issubclass(cls, Masked) else None)
-        leaf = cls(**values, **fields)
-        _check_shape(leaf)
-        return leaf
+                under = issubclass(cls, Masked) and field == "values"
+                values[field] = self.leaf(part, keep if under else None)
+        return cls(**values, **fields)
 
-    def _mask(self, d: Any, core: tuple[int, ...]) -> np.ndarray:
-        _, stack, layout, table, payload = d
-        return decode_mask(layout, self._take(table), self._take(payload), (*stack, *core))
+    def mask(self, d: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Reads a mask."""
+        layout, table, payload = d[2:]
+        return decode_mask(layout, bytes(self._take(table)), bytes(self._take(payload)), shape)
+
+    def symbols(self, part: str, lengths: list[int], count: int, alphabet: int) -> np.ndarray:
+        """Reads a stream of ``part``."""
+        coder, table, payload = lengths
+        return decode(coder, bytes(self._take(table)), bytes(self._take(payload)), count, alphabet)
 
     def _codes(
-        self, d: Any, core: tuple[int, ...], bits: int, signed: bool, keep: np.ndarray | None
-    ) -> jax.Array:
-        shape = (*d[1], *core)
+        self, field: str, d: Any, fields: dict[str, Any], signed: bool, keep: np.ndarray | None
+    ) -> np.ndarray:
+        bits, shape = fields["bits"], (*d[1], *fields["core"])
         if keep is not None and keep.shape != shape:
             raise ArtifactError(f"codes of shape {shape} under a mask of {keep.shape}")
-        count = math.prod(shape) if keep is None else int(keep.sum())
-        flat = self._symbols(d[2:], count, 1 << bits).astype(np.int16)
-        flat = (flat - ((1 << bits - 1) if signed else 0)).astype(np.int16)
-        if keep is None:
-            codes = flat.reshape(shape)
-        else:
-            codes = np.zeros(shape, np.int16)
-            codes[keep] = flat
-        return pack_codes(
-            jnp.asarray(codes if core else codes[..., None]), bits=bits, signed=signed
-        )
+        count = math.prod(shape) if keep is None else int(np.count_nonzero(keep))
+        flat = self.symbols(field, d[2:], count, 1 << bits)
+        codes = _spread(_lower(flat, bits) if signed else flat, keep, shape)
+        return pack_codes(codes, fields["core"], bits=bits, signed=signed)
 
-    def _symbols(self, lengths: list[int], count: int, alphabet: int) -> np.ndarray:
-        coder, table, payload = lengths
-        return decode(coder, self._take(table), self._take(payload), count, alphabet)
-
-    def _take(self, n: int) -> bytes:
-        if not 0 <= n <= len(self.data) - self.at:
-            raise ArtifactError(f"a stream of {n} bytes in a section with {self.left()} left")
+    def _take(self, n: int) -> memoryview:
+        left = len(self.data) - self.at
+        if not 0 <= n <= left:
+            raise ArtifactError(f"a stream of {n} bytes in a section with {left} left")
         self.at += n
         return self.data[self.at - n : self.at]
 
-    def left(self) -> int:
-        """Returns the bytes not read yet."""
-        return len(self.data) - self.at
+
+def _narrow(x: np.ndarray, dense: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        narrow = x.astype(np.dtype(dense))
+    if not np.array_equal(np.isfinite(narrow), np.isfinite(x)):
+        raise ValueError(f"values beyond the range of {dense}; leave out dense={dense!r}")
+    return narrow
 
 
-def to_jax(x: np.ndarray) -> Any:
-    """Returns a JAX array, or ``x`` itself where JAX would change its type."""
-    return jnp.asarray(x) if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype else x
+def _lower(symbols: np.ndarray, bits: int) -> np.ndarray:
+    """Turns symbols into the signed codes that they are shifted from."""
+    return (symbols - np.uint8(1 << bits - 1)).view(np.int8)
 
 
-def _keys(impl: str, data: np.ndarray) -> jax.Array:
-    try:
-        return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
-    except (TypeError, ValueError) as e:
-        raise ArtifactError(f"random keys of {impl!r} cannot be made: {e}") from e
+def _spread(flat: np.ndarray, keep: np.ndarray | None, shape: Any) -> np.ndarray:
+    if keep is None:
+        return flat.reshape(shape)
+    out = np.zeros(shape, flat.dtype)
+    out[keep] = flat
+    return out
 
 
 def _plain_static(value: Any) -> Any:
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return [_plain_static(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or type(value) in (bool, int, float, str):
         return value
-    raise TypeError(f"static field {value!r} cannot be stored; use numbers, strings and tuples")
+    raise TypeError(
+        f"static field {value!r:.60} of type {type(value).__name__} cannot be stored; use "
+        "numbers, strings and tuples"
+    )
 
 
-def _check_shape(leaf: Encoded) -> None:
-    try:
-        seen = jax.eval_shape(type(leaf).materialize, leaf)
-        fits = (tuple(seen.shape), seen.dtype) == (leaf.shape, leaf.dtype)
-    except ArtifactError:
-        raise
-    except Exception as e:
-        raise ArtifactError(f"the parts of a {type(leaf).__name__} do not fit: {e!s:.200}") from e
-    if not fits:
+def _strangers(x: Any, d: Any) -> Iterator[tuple[Encoded, Any]]:
+    """The leaves of classes that are not ours, innermost first, with their claimed shapes."""
+    if not is_encoded(x):
+        return
+    for name, part in zip(type(x).part_names, d[2], strict=True):
+        yield from _strangers(getattr(x, name), part)
+    if len(d) > 3:
+        yield x, d[3]
+
+
+def _check_stranger(leaf: Encoded, shape: tuple[int, ...]) -> None:
+    seen = jax.eval_shape(type(leaf).materialize, leaf)
+    if not (tuple(seen.shape) == tuple(leaf.shape) == shape and seen.dtype == leaf.dtype):
         raise ArtifactError(f"the parts of a {type(leaf).__name__} do not fit together")

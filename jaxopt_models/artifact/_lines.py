@@ -73,12 +73,7 @@ class _Model:
         if i >= self._params.lag:
             context = context + 2 * mask[i - self._params.lag]
         self._context = context
-        ratios = [
-            min(
-                ((o + _CONTEXT_STRENGTH) << 16 + _ONE) // (e + (_CONTEXT_STRENGTH << _ONE)), 1 << 24
-            )
-            for o, e in zip(self._observed, self._expected, strict=True)
-        ]
+        ratios = [_ratio(o, e) for o, e in zip(self._observed, self._expected, strict=True)]
         return _clip(self._base * np.array(ratios)[context] >> 16) / (1 << _ONE)
 
     def learn(self, i: int, line: np.ndarray) -> None:

@@ -176,7 +176,7 @@ def _encode_gaps(view: np.ndarray, flags: int) -> MaskStream:
     choices = [k for k, m in enumerate(_ALPHABETS) if k == 0 or m <= 2 * most]
     k = min(choices, key=lambda k: _gap_cost(gaps, _ALPHABETS[k]))
     escapes = gaps // _ALPHABETS[k]
-    symbols = np.full(len(gaps) + int(escapes.sum()), _ALPHABETS[k], np.int32)
+    symbols = np.full(len(gaps) + int(escapes.sum()), _ALPHABETS[k], np.uint8)
     symbols[np.cumsum(escapes + 1) - 1] = gaps % _ALPHABETS[k]
     coded = _symbols.encode(symbols, _ALPHABETS[k] + 1)
     head = bytes([flags | k << 2]) + write_varint(len(symbols))
@@ -192,7 +192,8 @@ def _gap_cost(gaps: np.ndarray, m: int) -> float:
     return float(-(counts * np.log2(counts / n)).sum() + len(counts) * math.log2(n) / 2)
 
 
-def _decode_gaps(table: bytes, payload: bytes, size: int) -> np.ndarray:
+def read_gaps(table: bytes, payload: bytes, size: int) -> tuple[np.ndarray, int, bytes]:
+    """Reads the symbols of a mask of gaps; also returns their coder and its table."""
     choice = table[0] >> 2
     if choice >= len(_ALPHABETS):
         raise ArtifactError("a mask has an unknown table")
@@ -201,7 +202,13 @@ def _decode_gaps(table: bytes, payload: bytes, size: int) -> np.ndarray:
     # Every symbol moves on by an entry at least.
     if not 0 < count <= size or end >= len(table):
         raise ArtifactError(f"a mask of {size} entries claims {count} gaps")
-    symbols = _symbols.decode(table[end], table[end + 1 :], payload, count, m + 1)
+    coder, inner = table[end], table[end + 1 :]
+    return _symbols.decode(coder, inner, payload, count, m + 1), coder, inner
+
+
+def _decode_gaps(table: bytes, payload: bytes, size: int) -> np.ndarray:
+    symbols, _, _ = read_gaps(table, payload, size)
+    m = _ALPHABETS[table[0] >> 2]
     if symbols[-1] == m:
         raise ArtifactError("a mask ends with a gap and no entry")
     kept = symbols != m

@@ -31,6 +31,8 @@ _FLOOR = 1 << 16
 _SYMBOLS_PER_BIT = 45_500
 _FIRST_BLOCK = 8
 _LARGEST_BLOCK = 8192
+# Beyond this many symbols a prior, at most 1024 occurrences, is forgotten.
+_TRIAL = 1 << 18
 
 
 def fits(count: int, payload: bytes) -> bool:
@@ -165,9 +167,9 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def cost(symbols: np.ndarray, prior: Prior, alphabet: int) -> float:
-    """Returns the bytes of table and payload, up to the coder's last byte or two."""
+    """Returns the bytes of the table and of the first 262,144 symbols, nearly."""
     model, bits = _Model(prior), 0.0
-    for block in _blocks(len(symbols)):
+    for block in _blocks(min(len(symbols), _TRIAL)):
         weights = model.weights()
         bits += (block.stop - block.start) * np.log2(weights.sum())
         bits -= np.log2(weights[symbols[block]]).sum()
@@ -176,25 +178,26 @@ def cost(symbols: np.ndarray, prior: Prior, alphabet: int) -> float:
 
 
 def encode(symbols: np.ndarray, prior: Prior) -> bytes:
-    """Codes `int32[count]` symbols below ``prior.size``."""
+    """Codes symbols below ``prior.size``."""
     encoder, model = stream.queue.RangeEncoder(), _Model(prior)
     for block in _blocks(len(symbols)):
-        encoder.encode(symbols[block], model.categorical())
+        encoder.encode(symbols[block].astype(np.int32), model.categorical())
         model.learn(symbols[block])
     return finish(encoder)
 
 
 def decode(payload: bytes, prior: Prior, count: int) -> np.ndarray:
-    """Reads `int32[count]` symbols back; the payload must be exactly what encoding gives."""
+    """Reads `[count]` symbols back; the payload must be exactly what encoding gives."""
     if not fits(count, payload):
         raise ArtifactError(f"{len(payload)} range-coded bytes cannot hold {count} symbols")
     decoder, encoder, model = start_decoder(payload), stream.queue.RangeEncoder(), _Model(prior)
-    symbols = np.empty(count, np.int32)
+    symbols = np.empty(count, np.uint8 if prior.size <= 256 else np.uint16)
     for block in _blocks(count):
         categorical = model.categorical()
-        symbols[block] = read(decoder, categorical, block.stop - block.start)
-        encoder.encode(symbols[block], categorical)
-        model.learn(symbols[block])
+        found = read(decoder, categorical, block.stop - block.start)
+        encoder.encode(found, categorical)
+        model.learn(found)
+        symbols[block] = found
     if finish(encoder) != payload:
         raise ArtifactError("a range-coded payload does not end where its symbols end")
     return symbols

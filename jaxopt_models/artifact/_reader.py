@@ -19,7 +19,7 @@ from ._container import (
     check_plain,
     most_inflated,
 )
-from ._errors import ArtifactError
+from ._errors import ArtifactError, brief
 
 
 class Section(NamedTuple):
@@ -105,7 +105,7 @@ class Reader:
         data = self._at(section.offset, section.length)
         if zlib.crc32(data) != section.crc32:
             raise ArtifactError(
-                f"section {i} {section.description!r:.80} is damaged: its checksum does not fit"
+                f"section {i} {brief(section.description)} is damaged: its checksum does not fit"
             )
         return data
 
@@ -198,10 +198,10 @@ def _parse_index(plain: bytes) -> tuple[Any, tuple[Section, ...]]:
     sections, offset = [], len(MAGIC)
     for i, entry in enumerate(tree[1]):
         if not isinstance(entry, list) or [type(e) for e in entry] != [int, bytes, list]:
-            raise ArtifactError(f"the index is damaged: section {i} is {entry!r:.60}")
+            raise ArtifactError(f"the index is damaged: section {i} is {brief(entry)}")
         length, crc, description = entry
         if length < 0 or len(crc) != 4:
-            raise ArtifactError(f"the index is damaged: section {i} is {entry!r:.60}")
+            raise ArtifactError(f"the index is damaged: section {i} is {brief(entry)}")
         sections.append(Section(offset, length, int.from_bytes(crc, "little"), description))
         offset += length
     return tree[0], tuple(sections)

@@ -13,6 +13,7 @@ from ._errors import ArtifactError
 from ._varint import read_varint, write_varint
 
 LARGEST_ALPHABET = 1 << 16
+_CHUNK = 1 << 16
 # Beyond this many symbols building Huffman codes is not worth the time.
 _MOST_HUFFMAN_SYMBOLS = 1_000_000
 _MOST_HUFFMAN_ALPHABET = 4096
@@ -89,8 +90,8 @@ def encode(
         raise ValueError(
             f"symbols must be in [0, {alphabet}), got {values.min()} to {values.max()}"
         )
-    values = values.astype(np.int32)
-    counts = np.bincount(values) if count else np.zeros(1, np.int64)
+    values = values.astype(np.uint8 if alphabet <= 256 else np.uint16, copy=False)
+    counts = _count(values)
     found: list[Stream] = []
     present = int(np.count_nonzero(counts))
     if Coder.CONSTANT in coders and present < 2:
@@ -155,7 +156,15 @@ def decode(coder: int, table: bytes, payload: bytes, count: int, alphabet: int) 
         values = _range.decode(payload, _range.Prior.parse(table, alphabet), count)
     else:
         raise ArtifactError(f"a stream has the unknown coder {coder!r}")
-    return values.astype(dtype)
+    return values.astype(dtype, copy=False)
+
+
+def _count(values: np.ndarray) -> np.ndarray:
+    """Histogram that ends with the largest symbol, without a wide copy of all of them."""
+    counts = np.zeros(int(values.max(initial=0)) + 1, np.int64)
+    for start in range(0, len(values), _CHUNK):
+        counts += np.bincount(values[start : start + _CHUNK], minlength=len(counts))
+    return counts
 
 
 def _huffman_worthwhile(count: int, present: int) -> bool:
@@ -189,13 +198,12 @@ def _decode_constant(
 
 def _pack(values: np.ndarray, width: int) -> bytes:
     """Packs the lowest bits of every value, highest first."""
-    wide = values.astype(">u2").view(np.uint8).reshape(-1, 2)
-    if width in (8, 16):
-        return wide[:, 2 - width // 8 :].tobytes()
+    if width == 8:
+        return values.astype(np.uint8).tobytes()
     out = []
-    for start in range(0, len(wide), 1 << 16):
-        bits = np.unpackbits(wide[start : start + (1 << 16)], axis=1)[:, 16 - width :]
-        out.append(np.packbits(bits).tobytes())
+    for start in range(0, len(values), _CHUNK):
+        wide = values[start : start + _CHUNK].astype(">u2").view(np.uint8).reshape(-1, 2)
+        out.append(np.packbits(np.unpackbits(wide, axis=1)[:, 16 - width :]).tobytes())
     return b"".join(out)
 
 
@@ -207,10 +215,9 @@ def _unpack(payload: bytes, width: int, count: int) -> np.ndarray:
         return data if width == 8 else data.view(">u2")
     if -count * width % 8 and payload[-1] & (1 << -count * width % 8) - 1:
         raise ArtifactError("the bits after the last symbol are not zero")
-    out = np.empty(count, np.uint16)
-    step = 1 << 16
-    for start in range(0, count, step):
-        stop = min(count, start + step)
+    out = np.empty(count, np.uint8 if width < 8 else np.uint16)
+    for start in range(0, count, _CHUNK):
+        stop = min(count, start + _CHUNK)
         bits = np.unpackbits(data[start * width // 8 : -(-stop * width // 8)])
         bits = bits[: (stop - start) * width].reshape(-1, width)
         wide = np.zeros((stop - start, 16), np.uint8)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._axes import Matrix
 from .._bits import has_planes, unpack_codes
@@ -72,6 +73,6 @@ class Clustered(Encoded):
             wrong.append(f"codes have shape {self.codes.shape} for a core of {self.core}")
         elif int(jnp.max(self.integers())) >= self.codebook.shape[-1]:
             wrong.append(f"a code is beyond the {self.codebook.shape[-1]} centroids")
-        if not bool(jnp.all(jnp.isfinite(self.codebook))):
+        if not np.all(np.isfinite(self.codebook)):
             wrong.append("a centroid is NaN or Inf")
         return wrong

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._axes import Axes, Matrix
-from .._bits import is_concrete, pack_codes
+from .._bits import is_concrete, pack_codes, wide_dtype
 from .._encoder import Encoder
 from ._clustered import Clustered
 from ._lloyd import assign, lloyd
@@ -19,9 +19,9 @@ from ._lloyd import assign, lloyd
 
 @dataclasses.dataclass(frozen=True)
 class KMeans(Encoder):
-    """Replaces weights by `2^bits` shared ones, chosen by k-means.
+    r"""Replaces weights by `2^bits` shared ones, chosen by k-means.
 
-    .. math:: \\min_{c, q} \\sum_i (w_i - c_{q_i})^2, \\qquad q_i \\in \\{0, \\dots, 2^b - 1\\}
+    .. math:: \min_{c, q} \sum_i (w_i - c_{q_i})^2, \qquad q_i \in \{0, \dots, 2^b - 1\}
 
     solved by Lloyd's iteration on the sorted weights. After pruning only the kept entries
     are clustered, and zero stays apart. The centroids are trained through
@@ -112,7 +112,7 @@ class KMeans(Encoder):
 
 def _canonical(w: jax.Array) -> jax.Array:
     """Widens to at least float32 and turns -0.0, which sorting may place anywhere, into 0.0."""
-    x = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    x = w.astype(wide_dtype(w.dtype))
     return jnp.where(x == 0, jnp.zeros((), x.dtype), x)
 
 

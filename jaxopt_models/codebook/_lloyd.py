@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -26,6 +27,21 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     method = "compare_all" if centroids.shape[0] <= 32 else "scan"
     codes = jnp.searchsorted(midpoints(centroids), x.reshape(-1), side="left", method=method)
     return codes.astype(jnp.int32).reshape(x.shape)
+
+
+def ordered_sum(x: jax.Array) -> jax.Array:
+    """Sums the last axis in a fixed order, `[..., n]` to `[...]`.
+
+    A reduction adds in an order that XLA picks anew for each program, so that a stack, a
+    mesh and a single tensor get centroids an ulp apart. Sums of four, level by level, have
+    no choice; the barrier keeps the levels from being fused into one huge expression.
+    """
+    while (n := x.shape[-1]) > 1:
+        quarter = -(-n // 4)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 4 * quarter - n)])
+        a, b, c, d = (x[..., i * quarter : (i + 1) * quarter] for i in range(4))
+        x = lax.optimization_barrier((a + b) + (c + d))
+    return x[..., 0]
 
 
 @functools.partial(jax.jit, static_argnames=("k", "start", "iterations"))
@@ -56,7 +72,7 @@ def lloyd(
     rows = size // block + 2  # one beyond the last boundary, so that it can be read
     counted = jnp.where(jnp.arange(size) < n, x, jnp.zeros((), x.dtype))
     blocks = jnp.zeros((rows * block,), x.dtype).at[:size].set(counted).reshape(rows, block)
-    sums = jnp.sum(blocks, axis=1)
+    sums = ordered_sum(blocks)
 
     def interval_sums(edges: jax.Array) -> jax.Array:
         first, last = edges[:-1], edges[1:]
@@ -67,9 +83,9 @@ def lloyd(
         def part(row: jax.Array) -> jax.Array:
             at = row[:, None] * block + jnp.arange(block)[None, :]
             inside = (first[:, None] <= at) & (at < last[:, None])
-            return jnp.sum(jnp.where(inside, blocks[row], 0), axis=1)
+            return ordered_sum(jnp.where(inside, blocks[row], 0))
 
-        return jnp.sum(whole, axis=1) + part(head) + jnp.where(tail > head, part(tail), 0)
+        return ordered_sum(whole) + part(head) + jnp.where(tail > head, part(tail), 0)
 
     def edges_of(centroids: jax.Array) -> jax.Array:
         inner = jnp.searchsorted(x, midpoints(centroids), side="right")
@@ -96,9 +112,10 @@ def lloyd(
 def _start(x: jax.Array, n: jax.Array, key: jax.Array | None, *, k: int, start: str) -> jax.Array:
     last = jnp.maximum(n - 1, 0)
     if start == "linear":
-        # A convex combination: subtracting first would overflow at the ends of the range.
-        t = jnp.arange(k, dtype=x.dtype) / jnp.array(max(k - 1, 1), x.dtype)
-        return lax.sort(x[0] * (1 - t) + x[last] * t)
+        # A convex combination: subtracting first would overflow at the ends of the range. Its
+        # weights are NumPy's, as XLA's division by a constant depends on the program around it.
+        t = np.linspace(0, 1, k)
+        return lax.sort(x[0] * jnp.array(1 - t, x.dtype) + x[last] * jnp.array(t, x.dtype))
     if start == "density":
         share = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k
         return x[jnp.clip((share * n.astype(jnp.float32)).astype(n.dtype), 0, last)]

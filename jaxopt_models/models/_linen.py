@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from ._input import pixels
+from ._images import halve, pixels
 
 
 class LeNet300(nn.Module):
@@ -64,9 +64,9 @@ class LeNet5(nn.Module):
         """Maps `uint8` or float images `[B, 28, 28]` or `[B, 28, 28, 1]` to logits `[B, 10]`."""
         x = pixels(images)
         x = nn.Conv(20, (5, 5), padding="VALID", name="conv1")(x)
-        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = halve(x)
         x = nn.Conv(50, (5, 5), padding="VALID", name="conv2")(x)
-        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = halve(x)
         x = x.reshape(-1, 800)
         x = nn.relu(nn.Dense(500, name="ip1")(x))
         return nn.Dense(10, name="ip2")(x)

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from ._input import pixels
+from ._images import halve, pixels
 
 
 class LeNet300(nnx.Module):
@@ -74,9 +74,9 @@ class LeNet5(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps `uint8` or float images `[B, 28, 28]` or `[B, 28, 28, 1]` to logits `[B, 10]`."""
         x = self.conv1(pixels(images))
-        x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = halve(x)
         x = self.conv2(x)
-        x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = halve(x)
         x = x.reshape(-1, 800)
         x = nnx.relu(self.ip1(x))
         return self.ip2(x)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._axes import Axes
+from .._bits import wide_dtype
 from .._compress import named
 from .._encoded import is_encoded
 from .._encoder import check_tensor
@@ -20,10 +21,10 @@ from ._select import keep_largest
 def allocate_global(
     params: Any, *, sparsity: float, only: str = ".*", axes: Axes | None = None
 ) -> list[Rule]:
-    """Plans magnitude pruning with one threshold for all parameters.
+    r"""Plans magnitude pruning with one threshold for all parameters.
 
-    .. math:: m^{(l)}_i = 1 \\text{ for the } n - \\lfloor s n + 1/2 \\rfloor \\text{ largest }
-              |w^{(l)}_i| \\text{ over all } l
+    .. math:: m^{(l)}_i = 1 \text{ for the } n - \lfloor s n + 1/2 \rfloor \text{ largest }
+              |w^{(l)}_i| \text{ over all } l
 
     Args:
       params: tree of parameters.
@@ -64,7 +65,7 @@ def allocate_global(
         w = p.value.materialize() if is_encoded(p.value) else p.value
         with named(f"allocate_global: {p.path}"):
             check_tensor(w)
-        scores.append(jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32))))
+        scores.append(jnp.abs(w.astype(wide_dtype(w.dtype))))
     size = sum(s.size for s in scores)
     kept = size - int(sparsity * size + 0.5)
     marks = keep_largest(scores, kept, keep=[None] * len(scores))

@@ -34,9 +34,9 @@ class GradualState(NamedTuple):
 def cubic_schedule(
     sparsity: float, *, begin: int, end: int, initial: float = 0.0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the sparsity schedule of Zhu and Gupta.
+    r"""Returns the sparsity schedule of Zhu and Gupta.
 
-    .. math:: s_t = s_f + (s_i - s_f) \\left(1 - \\frac{t - t_0}{t_1 - t_0}\\right)^3
+    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
 
     Args:
       sparsity: final sparsity `s_f`, in [0, 1]; 1 where a recipe holds the real ones.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._axes import Axes, Matrix, divisors
+from .._bits import wide_dtype
 from .._encoded import Masked
 from .._encoder import Encoder
 from ._select import keep_largest
@@ -51,10 +52,10 @@ class NofM:
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude(Encoder):
-    """Drops the entries of smallest magnitude, an exact number of them.
+    r"""Drops the entries of smallest magnitude, an exact number of them.
 
-    .. math:: m_i = 1 \\text{ for the } n - \\lfloor s n + 1/2 \\rfloor
-              \\text{ largest } |w_i|, \\text{ else } 0
+    .. math:: m_i = 1 \text{ for the } n - \lfloor s n + 1/2 \rfloor
+              \text{ largest } |w_i|, \text{ else } 0
 
     Among equal magnitudes the lower index is kept. Blocks are scored by their mean
     magnitude. Under the mask of an earlier step only kept entries can stay.
@@ -125,12 +126,12 @@ class Magnitude(Encoder):
         Returns:
           Booleans of the shape of ``w``.
         """
-        score = jnp.abs(w)
+        score = jnp.abs(w.astype(wide_dtype(w.dtype)))
         if self.structure is None:
             [marks] = keep_largest([score], self._kept(w.size, share), keep=[keep])
             return marks if keep is None else marks & keep
         m = Matrix(tuple(w.shape), axes.out)
-        score = m.view(score).astype(jnp.promote_types(w.dtype, jnp.float32))
+        score = m.view(score)
         kept = None if keep is None else m.view(keep)
         if isinstance(self.structure, NofM):
             return m.unview(_n_of_m(score, kept, self.structure, m))

@@ -39,12 +39,12 @@ def rigl(
     fraction: float = 0.3,
     only: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains sparse from the first step: drops small weights, grows where gradients are large.
+    r"""Trains sparse from the first step: drops small weights, grows where gradients are large.
 
     Starts from random masks. Every ``every`` steps, up to step ``until``, each parameter
     drops the fraction
 
-    .. math:: f_t = \\frac{\\alpha}{2} \\left(1 + \\cos \\frac{\\pi t}{T}\\right)
+    .. math:: f_t = \frac{\alpha}{2} \left(1 + \cos \frac{\pi t}{T}\right)
 
     of its active entries, the smallest, and activates as many others with the largest
     gradient. What is grown starts at zero. It wraps the optimizer instead of following it,

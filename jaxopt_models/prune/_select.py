@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._bits import wide_dtype
+
 
 def keep_largest(
     scores: Sequence[jax.Array], count: jax.Array | int, *, keep: Sequence[jax.Array | None]
@@ -51,7 +53,7 @@ def keep_largest(
 
 
 def _ordered(score: jax.Array, keep: jax.Array | None) -> jax.Array:
-    wide = jnp.promote_types(score.dtype, jnp.float32)
+    wide = wide_dtype(score.dtype)
     word = jnp.uint64 if wide == jnp.float64 else jnp.uint32
     # abs() clears the sign of -0.0; one is added so that zero is left for non-candidates.
     bits = lax.bitcast_convert_type(jnp.abs(score.astype(wide)), word) + jnp.ones((), word)

@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from .._axes import Axes, Matrix, divisors
-from .._bits import pack_codes
+from .._bits import pack_codes, wide_dtype
 from .._encoder import Encoder
 from ._quantized import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
 class Int(Encoder):
-    """Rounds a tensor to integers on a uniform grid, a grid for each channel or group.
+    r"""Rounds a tensor to integers on a uniform grid, a grid for each channel or group.
 
     Symmetric: the smallest grid around zero that covers the largest magnitude,
 
-    .. math:: s = \\max|w| / (2^{b-1} - 1), \\qquad q = \\mathrm{round}(w / s).
+    .. math:: s = \max|w| / (2^{b-1} - 1), \qquad q = \mathrm{round}(w / s).
 
-    Asymmetric: the grid covers :math:`[\\min(w, 0), \\max(w, 0)]`, so that zero is exact,
+    Asymmetric: the grid covers :math:`[\min(w, 0), \max(w, 0)]`, so that zero is exact,
 
-    .. math:: s = (\\max - \\min) / (2^b - 1), \\quad z = \\mathrm{round}(-\\min / s),
-              \\quad q = \\mathrm{round}(w / s) + z,
+    .. math:: s = (\max - \min) / (2^b - 1), \quad z = \mathrm{round}(-\min / s),
+              \quad q = \mathrm{round}(w / s) + z,
 
     with `s` cut to 16 significant bits, which makes every product exact in `float32`.
     Encoding again changes nothing, except for asymmetric grids of 16-bit tensors, whose
@@ -81,7 +81,7 @@ class Int(Encoder):
                 f"group={group} does not divide the {m.rows} inputs of shape "
                 f"{tuple(w.shape)} (out axes {out}); groups that do: {divisors(m.rows)}"
             )
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = wide_dtype(w.dtype)
         x = m.view(w.astype(wide)).reshape(m.rows // group, group, m.columns)
         codes, scale, zero = _symmetric(x, self.bits) if self.symmetric else _affine(x, self.bits)
         codes = jnp.atleast_1d(m.unview(codes.reshape(m.rows, m.columns)))

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._axes import Matrix
 from .._bits import has_planes, unpack_codes
@@ -14,16 +15,16 @@ from .._encoded import Encoded, leaf, static
 
 @leaf
 class Quantized(Encoded):
-    """Integer codes with a scale, and perhaps a zero point, for each group.
+    r"""Integer codes with a scale, and perhaps a zero point, for each group.
 
-    .. math:: w = s \\, (q - z)
+    .. math:: w = s \, (q - z)
 
     In the `[in, out]` view of the core tensor each column has ``groups`` runs of equal
     length along *in*; a run shares one scale.
 
     Args:
       codes: packed integers (:func:`jaxopt_models._bits.pack_codes`): `[*stack, *core]` of
-        `int2/4/8` or `uint2/4/8`, or bit planes along the last axis.
+        `int2/4/8` or `uint8`, or bit planes along the last axis.
       scale: `float32` `[*stack, *core[out], groups]`.
       zero_point: `uint8`, shape of ``scale``; ``None`` if the codes are signed and
         symmetric.
@@ -93,7 +94,7 @@ class Quantized(Encoded):
             wrong.append(f"{self.scale.shape[-1]} groups do not divide {m.rows} inputs")
         if self.codes.ndim != len(self.stack) + max(1, len(self.core)) + has_planes(self.bits):
             wrong.append(f"codes have shape {self.codes.shape} for a core of {self.core}")
-        if not bool(jnp.all(jnp.isfinite(self.scale))):
+        if not np.all(np.isfinite(self.scale)):
             wrong.append("a scale is NaN or Inf")
         if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
             wrong.append("zero points and scales differ in shape")

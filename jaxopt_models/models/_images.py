@@ -1,4 +1,4 @@
-"""What both frameworks' models accept as images."""
+"""What the models of both frameworks do to images."""
 
 import jax
 import jax.numpy as jnp
@@ -18,3 +18,13 @@ def pixels(images: jax.Array) -> jax.Array:
             f"images have dtype {images.dtype}; give uint8 pixels 0 to 255, or floats in [0, 1]."
         )
     return images.reshape(-1, 28, 28, 1)
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """Takes the largest of each 2 x 2 pixels, `[B, H, W, C]` to `[B, H / 2, W / 2, C]`.
+
+    The same values as max pooling; its gradient trains twice as fast on a CPU, where XLA
+    scatters that of a pooling window entry by entry.
+    """
+    b, h, w, c = x.shape
+    return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))

@@ -1,0 +1,1 @@
+"""Every figure the library claims, as something anyone can run again."""

@@ -1,0 +1,240 @@
+"""Deep Compression on full MNIST and Fashion-MNIST, beside the figures of the paper.
+
+Needs the full sets (``python -c "import jaxopt_models as jom; jom.data.mnist()"`` says how to
+get them). Densities, widths and epochs were chosen on the last 10,000 training images; here
+the networks train on all 60,000 and each test image is looked at once, at the end. The
+baseline has the same recipe and takes as many steps as the whole pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxopt_models as jom
+from jaxopt_models import codebook, data, models, prune, quant
+
+from ._rows import Row, mean_row
+
+logger = logging.getLogger(__name__)
+
+#: Rows of Deep Compression, tables 2 and 3: layer, kept %, code bits, index bits (both
+#: coded), share of float32 in %. The totals of the paper count no biases and no header.
+HAN = {
+    "LeNet300": [
+        ("ip1", 8, 4.4, 3.7, 2.32),
+        ("ip2", 9, 4.4, 4.3, 3.04),
+        ("ip3", 26, 4.3, 3.2, 12.7),
+    ],
+    "LeNet5": [
+        ("conv1", 66, 7.2, 1.5, 67.45),
+        ("conv2", 12, 7.2, 3.9, 5.28),
+        ("ip1", 8, 4.5, 4.5, 2.45),
+        ("ip2", 19, 5.2, 3.7, 6.13),
+    ],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One network on one set: densities and widths by layer, epochs of the stages."""
+
+    images: Callable[[], data.Images]
+    model: type
+    layers: dict[str, tuple[float, int]]
+    epochs: tuple[int, int, int]
+    batch: int
+    rates: tuple[float, float, float] = (1e-3, 1e-3, 3e-4)
+    shift: int = 0
+
+    def recipe(self) -> list[jom.Rule]:
+        """Returns pruned and clustered kernels, 8-bit biases."""
+        rules = [
+            jom.Rule(
+                f"{name}/kernel",
+                jom.chain(
+                    prune.Magnitude(sparsity=round(1 - density, 6)), codebook.KMeans(bits=bits)
+                ),
+            )
+            for name, (density, bits) in self.layers.items()
+        ]
+        return [*rules, jom.Rule(".*/bias", quant.Int(bits=8, per="tensor"))]
+
+
+def shifted(batches: Callable[[int], Any], *, most: int, seed: int) -> Callable[[int], Any]:
+    """Moves every image by up to ``most`` pixels, a function of the step alone."""
+    if not most:
+        return batches
+
+    def batch(step: int) -> Any:
+        x, y = batches(step)
+        rng = np.random.default_rng((seed, step))
+        dx, dy = rng.integers(0, 2 * most + 1, (2, len(x), 1))
+        padded = np.pad(x, ((0, 0), (most, most), (most, most)))
+        at = np.arange(x.shape[1])[None, :]
+        rows, columns = (dy + at)[:, :, None], (dx + at)[:, None, :]
+        return padded[np.arange(len(x))[:, None, None], rows, columns], y
+
+    return batch
+
+
+def errors(setting: Setting, seed: int, folder: str) -> dict[str, Any]:
+    """Trains, compresses and tests one seed, and a baseline beside it."""
+    images = setting.images()
+    model = setting.model()
+    found = data.shuffled(images.train_images, images.train_labels, size=setting.batch, seed=seed)
+    batches = shifted(found, most=setting.shift, seed=seed)
+    rates = dict(zip(("train", "prune", "tune"), setting.rates, strict=True))
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        logits = model.apply({"params": params}, batch[0])
+        labels = jnp.asarray(batch[1], jnp.int32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def wrong(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.argmax(model.apply({"params": params}, x), axis=-1) != y)
+
+    def error(params: Any) -> float:
+        x, y = images.test_images, images.test_labels.astype(np.int32)
+        parts = [wrong(params, x[i : i + 1000], y[i : i + 1000]) for i in range(0, len(x), 1000)]
+        return 100 * float(sum(parts)) / len(x)
+
+    def optimizer(stage: str, steps: int) -> optax.GradientTransformation:
+        return optax.adam(optax.cosine_decay_schedule(rates[stage], steps))
+
+    def train(recipe: list[jom.Rule], steps: jom.Steps, path: str | None) -> Any:
+        params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28)))["params"]
+        return jom.deep_compression(
+            params,
+            loss_fn,
+            batches,
+            recipe=recipe,
+            steps=steps,
+            path=path,
+            optimizer=optimizer,
+            progress=False,
+        )
+
+    start = time.perf_counter()
+    per_epoch = found.steps_per_epoch
+    path = os.path.join(folder, f"{setting.model.__name__}_{seed}.jom")
+    train(setting.recipe(), jom.Steps(*(e * per_epoch for e in setting.epochs)), path)
+    seconds = time.perf_counter() - start
+    dense = train([], jom.Steps(train=sum(setting.epochs) * per_epoch), None)
+    small = jom.materialize(jom.load(path))
+    result = {
+        "path": path,
+        "ratio": jom.artifact.inspect(path).data["ratio"],
+        "error": error(small),
+        "baseline": error(dense.params),
+        "seconds": seconds,
+    }
+    logger.info("%s seed %d: %s", setting.model.__name__, seed, result)
+    return result
+
+
+def beside_the_paper(setting: Setting, path: str) -> jom.Table:
+    """Returns our layers beside those of the paper."""
+    ours = {row["path"]: row for row in jom.layers(path)}
+    rows = []
+    for name, *theirs in HAN[setting.model.__name__]:
+        row = ours[f"{name}/kernel"]
+        mine = row["kept %"], row["coded to"], row["index bits"], row["of float32 %"]
+        rows.append((name, *(x for pair in zip(mine, theirs, strict=True) for x in pair)))
+    names = ("kept %", "code bits", "index bits", "of float32 %")
+    columns = ("layer", *(c for n in names for c in (n, f"{n} (paper)")))
+    return jom.Table(columns, rows, title=f"{setting.model.__name__}, one seed, beside the paper")
+
+
+def measure(title: str, setting: Setting, seeds: int, bars: dict[str, str]) -> list[Row]:
+    """Returns the rows of one setting; ``bars`` maps a figure to its bar."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = [errors(setting, s, folder) for s in range(seeds)]
+        logger.info("%s", beside_the_paper(setting, found[0]["path"]))
+    for f in found:
+        f["rise"] = f["error"] - f["baseline"]
+    shown = {"ratio": "", "error": "", "baseline": "", "rise": "", "seconds": ""} | bars
+    words = {
+        "ratio": "ratio",
+        "error": "test error in %",
+        "baseline": "test error of the baseline in %",
+        "rise": "rise of the error in points",
+        "seconds": "seconds of the pipeline",
+    }
+    return [
+        mean_row(f"{title}, {words[k]}", [f[k] for f in found], bar) for k, bar in shown.items()
+    ]
+
+
+SETTINGS = {
+    "mnist": Setting(
+        data.mnist,
+        models.LeNet300,
+        {"ip1": (0.052, 4), "ip2": (0.075, 4), "ip3": (0.26, 4)},
+        (10, 30, 5),
+        200,
+    ),
+    "mnist shifted": Setting(
+        data.mnist,
+        models.LeNet300,
+        {"ip1": (0.075, 4), "ip2": (0.1, 4), "ip3": (0.3, 4)},
+        (10, 30, 5),
+        200,
+        shift=1,
+    ),
+    "lenet5": Setting(
+        data.mnist,
+        models.LeNet5,
+        {"conv1": (0.6, 6), "conv2": (0.12, 5), "ip1": (0.05, 4), "ip2": (0.15, 5)},
+        (3, 7, 1),
+        100,
+    ),
+    "fashion": Setting(
+        data.fashion_mnist,
+        models.LeNet300,
+        {"ip1": (0.065, 4), "ip2": (0.09, 4), "ip3": (0.3, 4)},
+        (10, 30, 5),
+        200,
+    ),
+}
+
+
+def run(*, quick: bool) -> list[Row]:
+    """Runs every setting; ``quick``: LeNet-300-100 on the bundled images, one seed."""
+    if quick:
+        setting = dataclasses.replace(
+            SETTINGS["fashion"], images=data.fashion_mnist_small, batch=100, epochs=(2, 6, 1)
+        )
+        return measure("bundled Fashion-MNIST", setting, 1, {"ratio": ">= 40", "rise": "<= 2"})
+    return [
+        *measure(
+            "MNIST LeNet-300-100",
+            SETTINGS["mnist"],
+            5,
+            {"ratio": ">= 60", "rise": "<= 0.10"},
+        ),
+        *measure(
+            "MNIST LeNet-300-100, images shifted by a pixel",
+            SETTINGS["mnist shifted"],
+            3,
+            {"ratio": ">= 45", "error": "<= 1.64"},
+        ),
+        *measure("MNIST LeNet-5", SETTINGS["lenet5"], 3, {"ratio": ">= 45", "error": "<= 0.80"}),
+        *measure(
+            "Fashion-MNIST LeNet-300-100",
+            SETTINGS["fashion"],
+            3,
+            {"ratio": ">= 47", "rise": "<= 0.4"},
+        ),
+    ]

@@ -1,0 +1,274 @@
+"""Reading checkpoints: safetensors, Orbax and our own artifacts as plain trees of arrays.
+
+Safetensors files are memory-mapped: an array costs memory when it is used, and the system
+may take that memory back at any time, since the file holds it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import stat
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from . import artifact
+
+ACCEPTED = (
+    "a .safetensors file, a *.safetensors.index.json or the folder of its shards, an Orbax "
+    "checkpoint folder, or a .jom artifact"
+)
+_MOST_HEADER = 100_000_000
+_MOST_AXES = 32
+_MOST_PARTS = 60
+_INDEX = ".safetensors.index.json"
+_DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(bool),
+    **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (64, 32, 16)},
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (64, 32, 16, 8)},
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (64, 32, 16, 8)},
+}
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Reads a checkpoint as a tree of arrays, without the model that made it.
+
+    Safetensors: dotted names become nested dicts, `encoder.layer.0.weight` the path
+    `encoder/layer/0/weight`; arrays are read-only views of the memory-mapped file, which must
+    not be changed while they live. Weights of torch are stored `(out, in, ...)`: say so with
+    ``Rule(..., axes=Axes.torch())``. Orbax: the folder of a tree, or a step of a
+    ``CheckpointManager`` with one tree in it (the items ``default`` and ``params`` go first);
+    restored to the host, tuples as lists; an nnx variable is a dict with the key ``value``.
+
+    Args:
+      path: a ``.safetensors`` file; a ``*.safetensors.index.json``, or the folder of it and
+        its shards; an Orbax checkpoint folder; an artifact written by :func:`save`.
+
+    Returns:
+      Nested dicts (from Orbax also lists) of NumPy arrays, or what :func:`load` returns.
+
+    Raises:
+      ValueError: for a damaged, hostile, incomplete or unknown checkpoint; names file and tensor.
+      OSError: if it cannot be read.
+
+    Example:
+      >>> import json, os, tempfile, numpy as np, jaxopt_models as jom
+      >>> from jaxopt_models import read_checkpoint
+      >>> about = {"ip1.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+      >>> header = json.dumps(about).encode()
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> file = os.path.join(folder.name, "model.safetensors")
+      >>> with open(file, "wb") as f:
+      ...     _ = f.write(len(header).to_bytes(8, "little") + header)
+      ...     _ = f.write(np.float32([1, 2]).tobytes())
+      >>> tree = read_checkpoint(file)
+      >>> tree["ip1"]["weight"].tolist()
+      [1.0, 2.0]
+      >>> del tree; folder.cleanup()
+    """
+    path = os.fsdecode(path)
+    if os.path.isdir(path):
+        return _read_folder(path)
+    if path.endswith(_INDEX):
+        return _nest(_read_sharded(path), path)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: neither a file nor a folder; a checkpoint is {ACCEPTED}")
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start.startswith(b"jom"):
+        return artifact.load(path)
+    if path.endswith(".safetensors") or start[8:] == b"{":
+        return _nest(_read_safetensors(path), path)
+    raise ValueError(
+        f"{path}: no checkpoint of a known format; a checkpoint is {ACCEPTED} (pickles are not "
+        "opened: convert them to safetensors)"
+    )
+
+
+def _read_folder(folder: str) -> Any:
+    names = sorted(os.listdir(folder))
+    if "_METADATA" in names:
+        return _read_orbax(folder)
+    for end, read in ((_INDEX, _read_sharded), (".safetensors", _read_safetensors)):
+        found = [name for name in names if name.endswith(end)]
+        if len(found) == 1:
+            path = os.path.join(folder, found[0])
+            return _nest(read(path), path)
+        if found:
+            raise ValueError(f"{folder}: {len(found)} files *{end}; name one of {_some(found)}")
+    items = [n for n in names if os.path.isfile(os.path.join(folder, n, "_METADATA"))]
+    first = [n for n in ("default", "params") if n in items]
+    if first or len(items) == 1:
+        return _read_orbax(os.path.join(folder, (first or items)[0]))
+    if items:
+        raise ValueError(f"{folder}: an Orbax step with several trees; name one of {_some(items)}")
+    if steps := sorted((n for n in names if n.isdecimal()), key=int):
+        raise ValueError(f"{folder}: holds several steps; name one of the folders {_some(steps)}")
+    raise ValueError(f"{folder}: no checkpoint in this folder; a checkpoint is {ACCEPTED}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
+
+
+def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Maps one file; checks all of its header and none of its data."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(_MOST_HEADER, size - 8):
+            raise ValueError(
+                f"{path}: no safetensors file: a header of {length} bytes in a file of {size} "
+                f"(at most {_MOST_HEADER} are allowed)"
+            )
+        header = _parse(f.read(length), path)
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    spans = []
+    tensors = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+                raise ValueError(f"{path}: __metadata__ is not an object of texts")
+            continue
+        try:
+            dtype, shape, begin, end = _check_tensor(about, size - 8 - length)
+            tensors[name] = _view(data, dtype, shape, 8 + length + begin)
+        except (ValueError, OverflowError) as e:
+            raise ValueError(f"{path}: tensor {name!r:.200}: {e}") from None
+        spans.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            what = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+            raise ValueError(f"{path}: tensor {name!r:.200}: begins at {begin}, {what} (ends {at})")
+        at = end
+    if at != size - 8 - length:
+        raise ValueError(f"{path}: the tensors end at {at} of {size - 8 - length} bytes of data")
+    return tensors
+
+
+def _parse(text: bytes, path: str) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        for name in found:
+            name.encode("utf-8")  # a lone surrogate could neither be printed nor stored
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: malformed header: {e!s:.200}") from None
+    return found
+
+
+def _check_tensor(about: Any, room: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    if not isinstance(about, dict) or set(about) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"expected dtype, shape and data_offsets, got {about!r:.80}")
+    name, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
+    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise ValueError(f"dtype {name!r:.40} is none of {', '.join(sorted(_DTYPES))}")
+    if not _naturals(shape) or len(shape) > _MOST_AXES:
+        raise ValueError(f"shape {shape!r:.80} is no list of at most {_MOST_AXES} lengths")
+    if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
+        raise ValueError(f"data_offsets {offsets!r:.80} are not in the {room} bytes of data")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for {name}{shape!s:.80}")
+    return dtype, tuple(shape), begin, end
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _view(data: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    count = math.prod(shape)
+    if not count:
+        return np.empty(shape, dtype)
+    view = np.frombuffer(data, dtype, count, offset).reshape(shape)
+    # NumPy takes any byte for a boolean on trust, and then computes nonsense with it.
+    if dtype.kind == "b" and view.view(np.uint8).max() > 1:
+        raise ValueError("holds bytes that are no booleans")
+    return view
+
+
+def _read_sharded(path: str) -> dict[str, np.ndarray]:
+    """Reads all shards of an index and checks that they hold what it says, no more, no less."""
+    if os.path.getsize(path) > _MOST_HEADER:
+        raise ValueError(f"{path}: an index of more than {_MOST_HEADER} bytes")
+    with open(path, "rb") as f:
+        where = _parse(f.read(), path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise ValueError(f"{path}: weight_map is not an object of tensor and file names")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(where.values())):
+        names = {name for name, file in where.items() if file == shard}
+        parts = shard.replace("\\", "/").split("/")
+        if not shard or "\0" in shard or ".." in parts or os.path.isabs(shard):
+            raise ValueError(f"{path}: the shard {shard!r:.200} is outside the folder of the index")
+        file = os.path.join(os.path.dirname(path), shard)
+        if not os.path.isfile(file):
+            raise ValueError(f"{path}: the shard {shard!r:.200} is missing")
+        found = _read_safetensors(file)
+        if missing := sorted(names - set(found)):
+            raise ValueError(f"{file}: holds no tensor {missing[0]!r:.200}, which {path} says")
+        if extra := sorted(set(found) - names):
+            raise ValueError(f"{file}: tensor {extra[0]!r:.200} is not in this shard by {path}")
+        tensors |= found
+    return tensors
+
+
+def _nest(tensors: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in tensors.items():
+        *folders, last = name.split(".")
+        if len(folders) >= _MOST_PARTS:
+            raise ValueError(f"{path}: tensor {name!r:.200}: more than {_MOST_PARTS} dotted parts")
+        node = tree
+        for i, key in enumerate(folders):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                both = ".".join(folders[: i + 1])
+                raise ValueError(
+                    f"{path}: {both!r:.200} is a tensor and the prefix of {name!r:.200}"
+                )
+        if last in node:
+            raise ValueError(f"{path}: {name!r:.200} is a tensor and the prefix of others")
+        node[last] = value
+    return tree
+
+
+def _read_orbax(folder: str) -> Any:
+    """Restores every array of a tree to the host, whatever devices it was saved from."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    handler = ocp.PyTreeCheckpointHandler()
+    where = epath.Path(os.path.abspath(folder))
+    try:
+        args = jax.tree.map(_host(ocp.RestoreArgs), handler.metadata(where).tree)
+        tree = handler.restore(where, args=ocp.args.PyTreeRestore(restore_args=args))
+    except Exception as e:  # each store has errors of its own, of no common type
+        what = " ".join(str(e).split())
+        raise ValueError(f"{folder}: Orbax cannot read it: {type(e).__name__}: {what:.300}") from e
+    finally:
+        handler.close()
+    return tree
+
+
+def _host(restore_args: Callable[..., Any]) -> Callable[[Any], Any]:
+    return lambda about: restore_args(restore_type=np.ndarray if hasattr(about, "dtype") else None)

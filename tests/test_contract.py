@@ -1,0 +1,163 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxopt_models import Axes, Encoded, Encoder, chain, leaf, static
+from jaxopt_models.codebook import KMeans
+from jaxopt_models.prune import Block, Magnitude, NofM
+from jaxopt_models.quant import Int
+from jaxopt_models.testing import SHAPES, check_encoder, leaf_bits
+
+KERNEL, ATTENTION, CONV, _, DEPTHWISE, _, STACK, EMBEDDING = SHAPES
+HALF = Magnitude(sparsity=0.5)
+
+# Shapes that take long to compile are few here; every product runs with --full.
+ROWS = [
+    (Int(bits=4), SHAPES),
+    (Int(bits=2), [KERNEL]),
+    (Int(bits=3), [CONV, STACK]),
+    (Int(bits=8), [ATTENTION]),
+    (Int(bits=5, group=8), [KERNEL, EMBEDDING]),
+    (Int(bits=4, group=4), [STACK]),
+    (Int(bits=8, per="tensor"), [DEPTHWISE, STACK]),
+    (Int(bits=4, symmetric=False), [KERNEL]),
+    (Int(bits=2, symmetric=False, group=8), [ATTENTION]),
+    (Int(bits=3, symmetric=False), [STACK]),
+    (Int(bits=8, symmetric=False, per="tensor"), [EMBEDDING]),
+    (HALF, [KERNEL, STACK]),
+    (Magnitude(sparsity=0.25, structure=Block(4, 2)), [ATTENTION]),
+    (Magnitude(structure=NofM(2, 4)), [CONV]),
+    (Magnitude(sparsity=0.9, across_stack=True), [STACK]),
+    (KMeans(bits=4), [KERNEL]),
+    (KMeans(bits=3, start="density"), [STACK]),
+    (KMeans(bits=2, per="channel"), [EMBEDDING]),
+    (KMeans(bits=3, start="random"), [DEPTHWISE]),
+    (chain(HALF, Int(bits=4)), [STACK]),
+    (chain(HALF, KMeans(bits=4)), [KERNEL]),
+]
+ENCODERS = [encoder for encoder, _ in ROWS]
+
+
+def drawn(encoder):
+    return jax.random.key(3) if getattr(encoder, "start", "") == "random" else None
+
+
+def excused(encoder, dtype):
+    """Int says that asymmetric grids of 16-bit tensors move when encoded again."""
+    return dtype != jnp.float32 and not getattr(encoder, "symmetric", True)
+
+
+@pytest.mark.parametrize(("encoder", "shapes"), ROWS, ids=repr)
+def test_laws(encoder, shapes):
+    dtypes = (jnp.float32,) if excused(encoder, jnp.bfloat16) else (jnp.float32, jnp.bfloat16)
+    check_encoder(encoder, shapes=shapes, dtypes=dtypes, key=drawn(encoder))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
+def test_laws_of_every_product(encoder, shape, dtype):
+    check_encoder(
+        encoder,
+        shapes=[shape],
+        dtypes=[dtype],
+        idempotent=not excused(encoder, dtype),
+        key=drawn(encoder),
+        full=True,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
+def test_a_sharded_tensor_is_encoded_alike(encoder, shape, dtype):
+    size, axes = shape
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    w = jnp.asarray(np.random.default_rng(0).normal(size=size), dtype)
+    want = encoder(w, axes=axes, key=drawn(encoder))
+    split = [i for i, n in enumerate(size) if n % 8 == 0]
+    assert split
+    for axis in split:
+        spec = PartitionSpec(*[None] * axis, "x")
+        got = encoder(jax.device_put(w, NamedSharding(mesh, spec)), axes=axes, key=drawn(encoder))
+        assert leaf_bits(got) == leaf_bits(want), axis
+
+
+@leaf
+class Halved(Encoded):
+    """A stranger's leaf: a float16 copy."""
+
+    data: jax.Array
+    core: tuple[int, ...] = static()
+    name: str = static()
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.name)
+
+    @property
+    def stack(self):
+        return self.data.shape[: self.data.ndim - len(self.core)]
+
+    def rebuild(self):
+        return self.data.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(Encoder):
+    """A stranger's encoder, sound or broken in the way that is asked for."""
+
+    broken: str = ""
+
+    def encode(self, w, *, axes, keep, stats, key):
+        del axes, keep, stats, key
+        data = w.astype(jnp.float16)
+        if self.broken == "moves":
+            data = data * 2
+        if self.broken == "shape":
+            return Halved(data, (*w.shape, 1), str(w.dtype))
+        if self.broken == "dtype":
+            return Halved(data, w.shape, "float16")
+        return Halved(data, w.shape, str(w.dtype))
+
+
+def test_a_strangers_encoder_keeps_the_laws():
+    check_encoder(Half(), shapes=[KERNEL, STACK])
+    check_encoder(chain(HALF, Half()), shapes=[KERNEL])
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"), [("moves", "law 2"), ("shape", "law 1"), ("dtype", "law 1")]
+)
+def test_a_broken_encoder_is_found(broken, law):
+    with pytest.raises(AssertionError, match=law):
+        check_encoder(Half(broken), shapes=[KERNEL], dtypes=[jnp.float32])
+
+
+def test_a_law_that_is_excused_is_not_checked():
+    check_encoder(Half("moves"), shapes=[KERNEL], dtypes=[jnp.float32], idempotent=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restless(Half):
+    """Runs another program each time."""
+
+    def run(self, w, axes, keep, stats, key):
+        return jax.jit(lambda w: self.encode(w, axes=axes, keep=keep, stats=stats, key=key))(w)
+
+
+def test_an_encoder_that_compiles_each_time_is_found():
+    with pytest.raises(AssertionError, match="law 6"):
+        check_encoder(Restless(), shapes=[KERNEL])
+
+
+def test_scales_of_a_convolution_go_by_its_last_axis():
+    shape, axes = CONV
+    assert Int(bits=4)(jnp.ones(shape), axes=axes).scale.shape == (shape[-1], 1)
+    assert Int(bits=4)(jnp.ones((8, 6)), axes=Axes.torch()).scale.shape == (8, 1)
