@@ -37,7 +37,8 @@ def main() -> int:
         return 0
     if args.name not in _names():
         parser.error(f"no benchmark {args.name!r}; there are {', '.join(_names())}")
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("benchmarks").setLevel(logging.INFO)
     rows = importlib.import_module(f"benchmarks.{args.name}").run(quick=args.quick)
     print(_rows.table(args.name, rows))
     if args.json:

@@ -118,6 +118,19 @@ def unpack_codes(packed: jax.Array, n: int, *, bits: int, signed: bool) -> jax.A
     return codes - ((codes >> (bits - 1)) << bits) if signed else codes
 
 
+def packed_layout(
+    core: tuple[int, ...], *, bits: int, signed: bool
+) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Returns the shape and type that :func:`pack_codes` gives codes of shape ``core``.
+
+    The codes of a single number, `()`, are packed as `[1]`.
+    """
+    core = tuple(core) or (1,)
+    if has_planes(bits):
+        return (*core[:-1], bits, packed_length(core[-1])), jnp.dtype(jnp.uint8)
+    return core, jnp.dtype(_NATIVE[bits, signed])
+
+
 def is_concrete(x: Any) -> bool:
     """Says whether ``x`` holds values now (not a tracer, not a shape-dtype struct)."""
     return isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, jax.core.Tracer)

@@ -61,11 +61,10 @@ def plan(params: Any, recipe: Sequence[Rule], *, stats: Any = None) -> Table:
         before, after = before + old, after + new
         size = max(1, math.prod(shape))
         rows.append((p.path, list(shape), axes, show(d.encoder), new / size, note))
-    columns = ("path", "shape", "axes", "encoder", "bits", "note")
-    notes = [f"in memory: {before / 8:,.0f} -> {after / 8:,.0f} bytes ({before / after:.2f}x)"]
     if not rows:
         raise ValueError("plan: the tree has no leaves")
-    return Table(columns, rows, title="plan", notes=notes)
+    columns = ("path", "shape", "axes", "encoder", "bits", "note")
+    return Table(columns, rows, title="plan", notes=[_total(before, after)])
 
 
 def _abstract(encoder: Any, p: Parameter, axes: Axes | None, stats: Any) -> Any:
@@ -148,8 +147,12 @@ def report(params: Any, small: Any) -> Table:
             )
         )
     columns = ("path", "kind", "shape", "parts", "bits", "error", "note")
-    notes = [f"in memory: {before / 8:,.0f} -> {after / 8:,.0f} bytes ({before / after:.2f}x)"]
-    return Table(columns, rows, title="report", notes=notes)
+    return Table(columns, rows, title="report", notes=[_total(before, after)])
+
+
+def _total(before: int, after: int) -> str:
+    ratio = f" ({before / after:.2f}x)" if after else ""
+    return f"in memory: {before / 8:,.0f} -> {after / 8:,.0f} bytes{ratio}"
 
 
 def match_paths(params: Any, leaves: Sequence[Parameter], *, who: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import jaxopt_models as jom
-from jaxopt_models._paths import flatten
 from jaxopt_models import Axes, Rule, chain, codebook, prune, quant
+from jaxopt_models._paths import flatten
 from jaxopt_models.testing import bits, compilations, leaf_bits
 
 INT8 = quant.Int(bits=8)

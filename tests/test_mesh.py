@@ -23,6 +23,10 @@ ENCODERS = [
     chain(HALF, quant.Int(bits=4)),
     chain(HALF, codebook.KMeans(bits=3)),
 ]
+# Each program is compiled for a mesh; test_contract runs every product with --full.
+ROW = [*ENCODERS[1:6], ENCODERS[9]]
+COLUMN = [*ENCODERS[0:2], ENCODERS[3], *ENCODERS[6:8]]
+CASES = [(e, ROWS) for e in ROW] + [(e, COLUMNS) for e in COLUMN]
 
 
 def spread(w, spec, kind):
@@ -30,8 +34,7 @@ def spread(w, spec, kind):
     return jax.device_put(w, NamedSharding(mesh, spec))
 
 
-@pytest.mark.parametrize("spec", [ROWS, COLUMNS], ids=["rows", "columns"])
-@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
+@pytest.mark.parametrize(("encoder", "spec"), CASES, ids=repr)
 def test_the_same_bits_as_on_one_device(encoder, spec):
     want = encoder(W)
     got = encoder(spread(W, spec, AxisType.Auto))
@@ -54,6 +57,12 @@ def test_the_same_bits_on_a_mesh_of_explicit_axes(encoder, spec):
     got = encoder(spread(W, spec, AxisType.Explicit))
     assert leaf_bits(got) == leaf_bits(want)
     assert bits(got.materialize()) == bits(want.materialize())
+
+
+@pytest.mark.xfail(strict=True, reason="reshapes and sums need out_sharding on explicit axes")
+@pytest.mark.parametrize("encoder", [HALF, quant.Int(bits=3), codebook.KMeans(bits=2)], ids=repr)
+def test_explicit_columns_of_the_other_encoders(encoder):
+    encoder(spread(W, COLUMNS, AxisType.Explicit))
 
 
 def test_a_stack_over_the_devices():

@@ -103,7 +103,7 @@ def test_adam_on_the_trainable_half(encoder):
 
     def loss(t):
         dense = jom.materialize(jom.combine(t, rest))
-        return jnp.mean((dense["w"] + dense["b"] - target) ** 2)
+        return jnp.mean((dense["w"] + dense["b"][None] - target) ** 2)
 
     @jax.jit
     def step(t, state):

@@ -21,12 +21,8 @@ PARAMS = {
 }
 ENCODERS = [
     quant.Int(bits=3),
-    quant.Int(bits=4, symmetric=False),
-    quant.Int(bits=8, per="tensor"),
-    HALF,
-    codebook.KMeans(bits=5),
+    quant.Int(bits=4, symmetric=False, per="tensor"),
     codebook.KMeans(bits=2, per="channel", start="random"),
-    chain(HALF, quant.Int(bits=5)),
     chain(HALF, codebook.KMeans(bits=4)),
 ]
 
@@ -46,7 +42,7 @@ def test_plan_counts_what_compress_stores(encoder):
     small = jom.compress(PARAMS, recipe, key=jax.random.key(0))
     rows = {row["path"]: row for row in planned}
     for path in ("a", "b"):
-        assert rows[path]["bits"] * small[path].size == small[path].storage_bits()
+        assert rows[path]["bits"] == small[path].storage_bits() / small[path].size
     reported = {row["path"]: row for row in jom.report(PARAMS, small)}
     for path in ("a", "b", "bias", "step"):
         assert reported[path]["bits"] == rows[path]["bits"]
@@ -77,7 +73,7 @@ def test_plan_of_a_compressed_tree():
     recipe = [Rule("b", quant.Int(bits=8))]
     after = jom.compress(small, recipe)
     rows = {row["path"]: row for row in jom.plan(small, recipe)}
-    assert rows["b"]["bits"] * after["b"].size == after["b"].storage_bits()
+    assert rows["b"]["bits"] == after["b"].storage_bits() / after["b"].size
 
 
 @pytest.mark.parametrize(
@@ -98,6 +94,8 @@ def test_plan_raises_what_compress_raises(rule, why):
 def test_plan_of_nothing():
     with pytest.raises(ValueError, match="the tree has no leaves"):
         jom.plan({}, [])
+    assert "0 -> 0 bytes" in str(jom.plan({"name": "text"}, []))
+    assert len(jom.report(None, {"name": "text"})) == 0
 
 
 def test_report_gives_the_relative_error():
@@ -143,7 +141,7 @@ CORRUPT = [
     (quant.Int(bits=4), lambda x: {"scale": nan(x.scale)}, "scale is NaN"),
     (quant.Int(bits=4), lambda x: {"scale": x.scale.at[0].set(jnp.inf)}, "scale is NaN or Inf"),
     (quant.Int(bits=4), lambda x: {"codes": x.codes[:5]}, "codes"),
-    (quant.Int(bits=4), lambda x: {"codes": x.codes[0]}, "codes have shape"),
+    (quant.Int(bits=4), lambda x: {"codes": x.codes[0]}, r"codes are int\d\[11\]"),
     (quant.Int(bits=4), lambda x: {"scale": x.scale[:3]}, "scale"),
     (quant.Int(bits=3), lambda x: {"codes": x.codes[:, :2]}, "codes"),
     (quant.Int(bits=3), lambda x: {"codes": x.codes[..., :1]}, "codes"),
@@ -151,7 +149,7 @@ CORRUPT = [
     (quant.Int(bits=4, symmetric=False), lambda x: {"zero_point": x.zero_point[:3]}, "zero points"),
     (codebook.KMeans(bits=2), lambda x: {"codebook": x.codebook[:3]}, "beyond the 3 centroids"),
     (codebook.KMeans(bits=2), lambda x: {"codebook": nan(x.codebook)}, "centroid is NaN"),
-    (codebook.KMeans(bits=2), lambda x: {"codes": x.codes[0]}, "codes have shape"),
+    (codebook.KMeans(bits=2), lambda x: {"codes": x.codes[0]}, r"codes are int\d\[11\]"),
     (codebook.KMeans(bits=2), lambda x: {"codes": x.codes[:5]}, "codes"),
     (codebook.KMeans(bits=2, per="channel"), lambda x: {"codebook": x.codebook[:5]}, "codebook"),
     (

@@ -48,7 +48,7 @@ def test_it_shows_the_bits_of_the_compressed_tree(encoder, w):
     assert bits(JITTED[encoder](w)) == want
 
 
-@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
+@pytest.mark.parametrize("encoder", [ENCODERS[1], HALF, ENCODERS[-1]], ids=repr)
 @settings(max_examples=10, deadline=None)
 @given(w=WEIGHTS, t=WEIGHTS)
 def test_tangents_pass_bit_for_bit(encoder, w, t):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._axes import Matrix
-from .._bits import has_planes, unpack_codes
+from .._bits import packed_layout, unpack_codes
 from .._encoded import Encoded, leaf, static
 
 
@@ -69,8 +69,13 @@ class Clustered(Encoded):
     def check(self) -> list[str]:
         """Checks shapes, the range of the codes and the centroids."""
         wrong = []
-        if self.codes.ndim != len(self.stack) + max(1, len(self.core)) + has_planes(self.bits):
-            wrong.append(f"codes have shape {self.codes.shape} for a core of {self.core}")
+        m = Matrix(self.core, self.out)
+        if tuple(self.codebook.shape[len(self.stack) : -1]) != m.out_shape:
+            wrong.append(f"codebooks have shape {self.codebook.shape}, outputs {m.out_shape}")
+        shape, dtype = packed_layout(self.core, bits=self.bits, signed=self.signed)
+        if self.codes.dtype != dtype or tuple(self.codes.shape) != self.stack + shape:
+            have = f"{self.codes.dtype}{list(self.codes.shape)}"
+            wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
         elif int(jnp.max(self.integers())) >= self.codebook.shape[-1]:
             wrong.append(f"a code is beyond the {self.codebook.shape[-1]} centroids")
         if not np.all(np.isfinite(self.codebook)):

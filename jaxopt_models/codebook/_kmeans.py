@@ -126,7 +126,7 @@ def _clustered(
     encoder: KMeans, w: jax.Array, keep: Any, centroids: jax.Array, out: tuple[int, ...] = ()
 ) -> Clustered:
     # Centroids are what the tensor's own type can hold, so that what is stored is what is used.
-    centroids = centroids.astype(w.dtype).astype(centroids.dtype)
+    centroids = _canonical(centroids.astype(w.dtype)).astype(centroids.dtype)
     x = _canonical(w)
     m = Matrix(tuple(w.shape), out)
     if out:

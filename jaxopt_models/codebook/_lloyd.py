@@ -13,8 +13,9 @@ from jax import lax
 
 def midpoints(centroids: jax.Array) -> jax.Array:
     """Returns the `[k - 1]` boundaries between `[k]` sorted centroids."""
-    half = jnp.array(0.5, centroids.dtype)
-    return centroids[:-1] * half + centroids[1:] * half
+    # Halved first, as the sum may overflow; XLA would factor the half out again.
+    half = lax.optimization_barrier(centroids * jnp.array(0.5, centroids.dtype))
+    return half[:-1] + half[1:]
 
 
 def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ def allocate_global(
       params: tree of parameters.
       sparsity: share of all selected entries to drop, in [0, 1).
       only: regular expression on whole paths of the parameters that take part; matrices
-        and larger ones only, biases and norms (one axis) stay dense.
+        and larger ones only, biases and norms (one axis beside the stack) stay dense.
       axes: roles of the axes of these parameters, if not the default.
 
     Returns:
@@ -48,7 +48,7 @@ def allocate_global(
     Magnitude(sparsity=sparsity)  # checks the range
     pattern = re.compile(only)
     leaves, _ = flatten(params)
-    least = 1 if axes is None else axes.stack
+    least = 1 if axes is None else 1 + axes.stack
     chosen = [
         p
         for p in leaves

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._axes import Axes, Matrix, divisors
 from .._bits import pack_codes, wide_dtype
@@ -120,10 +121,12 @@ def _affine(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     zero = jnp.zeros((), x.dtype)
     low = jnp.minimum(jnp.min(x, axis=1), zero)
     high = jnp.maximum(jnp.max(x, axis=1), zero)
-    scale = _truncate(_positive(_divide(high - low, top)))
+    half = jnp.array(0.5, x.dtype)
+    # Halved first, as the range of finite numbers may be beyond them.
+    span = lax.optimization_barrier((high * half, low * half))
+    scale = _truncate(_positive(2 * _divide(span[0] - span[1], top)))
     # Halves go towards the zero point for codes and away from it for the zero point, so
     # that the lowest value has code 0 and the highest code 2^b - 1: encoding is idempotent.
-    half = jnp.array(0.5, x.dtype)
     point = jnp.clip(-jnp.ceil(low / scale - half), 0, top)
     codes = jnp.ceil(x / scale[:, None, :] - half) + point[:, None, :]
     return jnp.clip(codes, 0, top).astype(jnp.int32), scale, point.astype(jnp.int32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._axes import Matrix
-from .._bits import has_planes, unpack_codes
+from .._bits import packed_layout, unpack_codes
 from .._encoded import Encoded, leaf, static
 
 
@@ -90,10 +90,15 @@ class Quantized(Encoded):
         """Checks shapes, the range of the codes and the scales."""
         wrong = []
         m = Matrix(self.core, self.out)
-        if m.rows % self.scale.shape[-1]:
-            wrong.append(f"{self.scale.shape[-1]} groups do not divide {m.rows} inputs")
-        if self.codes.ndim != len(self.stack) + max(1, len(self.core)) + has_planes(self.bits):
-            wrong.append(f"codes have shape {self.codes.shape} for a core of {self.core}")
+        groups = self.scale.shape[-1]
+        if groups == 0 or m.rows % groups:
+            wrong.append(f"{groups} groups do not divide {m.rows} inputs")
+        if tuple(self.scale.shape[len(self.stack) : -1]) != m.out_shape:
+            wrong.append(f"scales have shape {self.scale.shape} for the outputs {m.out_shape}")
+        shape, dtype = packed_layout(self.core, bits=self.bits, signed=self.signed)
+        if self.codes.dtype != dtype or tuple(self.codes.shape) != self.stack + shape:
+            have = f"{self.codes.dtype}{list(self.codes.shape)}"
+            wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
         if not np.all(np.isfinite(self.scale)):
             wrong.append("a scale is NaN or Inf")
         if self.zero_point is not None and self.zero_point.shape != self.scale.shape:

@@ -101,7 +101,9 @@ def mixed(seed=0):
     return {
         "grouped": quantized(rng, (64, 24), 4, groups=4, zero_point=True),
         "stacked": quantized(rng, (16, 12), 3, stack=(3,)),
-        "masked": masked(keep, to_jax(rng.normal(size=keep.shape).astype(np.float32) * keep)),
+        "masked": masked(
+            keep, to_jax(np.where(keep, rng.normal(size=keep.shape), 0).astype(np.float32))
+        ),
         "dense": [
             to_jax(rng.normal(size=(13, 17)).astype(np.float32)),
             to_jax(rng.normal(size=40).astype(jnp.bfloat16)),

@@ -249,7 +249,12 @@ class Corruptions:
             self.data[name] = self.path.read_bytes()
             self.entries[name] = claimed_entries(self.data[name])
             jom.load(self.path, types=[Scaled])
-            self.peak[name] = min(peak_of(self.path)[2] for _ in range(3))
+            self.peak[name] = min(self.cold_peak() for _ in range(3))
+
+    def cold_peak(self):
+        """Other shapes are traced anew, where a stranger's class is asked what it makes of them."""
+        jax.clear_caches()
+        return peak_of(self.path)[2]
 
     def judge(self, seed):
         rng = np.random.default_rng(seed)
@@ -284,8 +289,10 @@ class Corruptions:
 
 @pytest.fixture(scope="module")
 def corruptions(tmp_path_factory):
-    yield Corruptions(tmp_path_factory.mktemp("corruption"))
+    judge = Corruptions(tmp_path_factory.mktemp("corruption"))
+    yield judge
     tracemalloc.stop()
+    print(dict(judge.counts), f"memory {judge.worst:.3f}, slowest {judge.slowest:.2f} s")
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -296,10 +303,6 @@ def test_corruptions(corruptions, part):
 
 @pytest.mark.full
 @pytest.mark.parametrize("part", range(20))
-def test_ten_thousand_corruptions(corruptions, part, record_property):
+def test_ten_thousand_corruptions(corruptions, part):
     for seed in range(1000 + 500 * part, 1500 + 500 * part):
         corruptions.judge(seed)
-    for key, n in corruptions.counts.items():
-        record_property(" ".join(key), n)
-    record_property("largest ratio of memory", corruptions.worst)
-    record_property("slowest in seconds", corruptions.slowest)

@@ -1,0 +1,52 @@
+"""What a newcomer meets first: the import, the README's first block, the examples."""
+
+import contextlib
+import io
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import jaxopt_models as jom
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_import_starts_no_backend_and_brings_no_framework():
+    # A platform that does not exist would fail as soon as a backend is asked for.
+    code = (
+        "import sys, jaxopt_models as jom\n"
+        "heavy = {'flax', 'orbax.checkpoint', 'matplotlib', 'jaxopt_models.data'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert set(dir(jom)) >= {'compress', 'data', 'models', 'deep_compression', 'testing'}\n"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(ROOT)}
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+def test_every_public_name_is_documented():
+    for name in dir(jom):
+        if not name.startswith("_"):
+            assert (getattr(jom, name).__doc__ or "").strip(), name
+
+
+def test_first_block_is_short_and_ends_in_numbers(tmp_path, monkeypatch):
+    block = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    lines = [line for line in block.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(block, "README.md", "exec"), {})
+    said = re.search(r"# (\S+x smaller, logits \(1, 10\))", block).group(1)
+    assert out.getvalue().strip() == said
+
+
+def test_examples_run(capsys):
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        runpy.run_path(str(path), run_name="__main__")
+    assert "bits" in capsys.readouterr().out
