@@ -202,7 +202,7 @@ def chain(*encoders: Encoder) -> Encoder:
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxopt_models import chain, prune, quant
-      >>> small = chain(prune.Magnitude(sparsity=0.5), quant.Int(bits=8))(jnp.arange(4.0))
+      >>> small = chain(prune.Magnitude(sparsity=0.5), quant.Int(bits=3))(jnp.arange(4.0))
       >>> small.kind()
       'Masked(Quantized)'
       >>> small.materialize()

@@ -119,7 +119,7 @@ def test_report_and_verify_compare_trees():
         jom.report(less, small)
     with pytest.raises(VerifyError, match=r"only compressed \['b'\]"):
         jom.verify(small, less)
-    with pytest.raises(ValueError, match="report: a is .* compressed"):
+    with pytest.raises(ValueError, match=r"report: a is .* compressed"):
         jom.report({**PARAMS, "a": PARAMS["a"][:2]}, small)
     with pytest.raises(VerifyError, match="a: float32, dense bfloat16"):
         jom.verify(small, {**PARAMS, "a": PARAMS["a"].astype(jnp.bfloat16)})

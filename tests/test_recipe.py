@@ -102,7 +102,7 @@ def test_only_classes_of_the_library_are_built(name):
         ('[{"path": "a", "encoder": null, "axes": 3}]', "rule 0: .*axes"),
         ('[{"path": "a", "encoder": [{"quant.Int": {"bits": 4}}, 3]}]', "rule 0: chain takes"),
         (
-            '[{"path": "a", "encoder": {"prune.Magnitude": {"structure": {"quant.Int": {"bits": 4}}}}}]',
+            '[{"path": "a", "encoder": {"prune.Magnitude": {"structure": {"Axes": {}}}}}]',
             "rule 0: .*structure",
         ),
     ],

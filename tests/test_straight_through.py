@@ -108,7 +108,7 @@ def test_keys_reach_encoders_that_draw():
         assert bits(show({"w": w}, key)["w"]) == bits(want)
         grad = jax.grad(lambda w, key=key: jnp.sum(show({"w": w}, key)["w"]))(w)
         assert bool(jnp.all(grad == 1))
-    with pytest.raises(ValueError, match="straight_through: w: .*give key="):
+    with pytest.raises(ValueError, match=r"straight_through: w: .*give key="):
         show({"w": w})
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from .._axes import Axes
+from .._encoded import is_encoded
 from .._encoder import Chain, Encoder
 from .._partition import check_trainable
 from .._paths import Parameter, flatten
@@ -137,10 +138,11 @@ def gradual(
         if params is None:
             raise ValueError("gradual: update needs params, tx.update(grads, state, params)")
         leaves, unflatten = flatten(params)
+        steps, unflatten_steps = flatten(updates)
         pruned = select(leaves, only=only, recipe=recipe, who="gradual")
-        new = jax.tree.leaves(jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates))
         at = [i for i, s in enumerate(pruned) if s is not None]
         old = jax.tree.leaves(state.masks)
+        new = {i: optax.apply_updates(leaves[i].value, steps[i].value) for i in at}
 
         def choose(masks: list[jax.Array]) -> list[jax.Array]:
             sparsity = jnp.asarray(schedule(state.step), jnp.float32)
@@ -154,16 +156,18 @@ def gradual(
         masks = jax.lax.cond(state.step % every == 0, choose, lambda m: m, old)
         kept = dict(zip(at, masks, strict=True))
         rewritten = [
-            u if i not in kept else jnp.where(kept[i], u, -p.value.astype(u.dtype))
-            for i, (u, p) in enumerate(zip(jax.tree.leaves(updates), leaves, strict=True))
+            u.value if i not in kept else keep_step(kept[i], u.value, p.value)
+            for i, (u, p) in enumerate(zip(steps, leaves, strict=True))
         ]
         tree = unflatten([kept.get(i) for i in range(len(leaves))])
-        return (
-            jax.tree.unflatten(jax.tree.structure(updates), rewritten),
-            GradualState(state.step + 1, tree),
-        )
+        return unflatten_steps(rewritten), GradualState(state.step + 1, tree)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def keep_step(mask: jax.Array, update: jax.Array, w: jax.Array) -> jax.Array:
+    """Rewrites an update so that ``w + update`` is exactly zero off the mask."""
+    return jnp.where(mask, update, -w.astype(update.dtype))
 
 
 class Pruned(NamedTuple):
@@ -191,10 +195,15 @@ class Pruned(NamedTuple):
 def select(
     leaves: Sequence[Parameter], *, only: str | None, recipe: Sequence[Rule] | None, who: str
 ) -> list[Pruned | None]:
-    """Says of each leaf how it is pruned, or ``None``; raises if none is."""
+    """Says of each leaf how it is pruned, or ``None``; raises if none is.
+
+    Leaves encoded before keep the masks they have.
+    """
     if recipe is not None:
         chosen = [
-            _pruned(find_magnitude(d.encoder), d.rule.axes if d.rule else None, p)
+            None
+            if is_encoded(p.value)
+            else _pruned(find_magnitude(d.encoder), d.rule.axes if d.rule else None, p)
             for d, p in zip(decide(leaves, recipe, who=who), leaves, strict=True)
         ]
     else:
@@ -202,7 +211,10 @@ def select(
         least = 2 if only is None else 1
         chosen = [
             Pruned(None, Axes().resolve(len(p.value.shape)))
-            if not p.reason and pattern.fullmatch(p.path) and len(p.value.shape) >= least
+            if not p.reason
+            and not is_encoded(p.value)
+            and pattern.fullmatch(p.path)
+            and len(p.value.shape) >= least
             else None
             for p in leaves
         ]

@@ -11,7 +11,7 @@ import optax
 from .._compress import fold
 from .._partition import check_trainable
 from .._paths import flatten
-from ._gradual import select
+from ._gradual import keep_step, select
 from ._select import keep_largest
 
 
@@ -105,19 +105,20 @@ def rigl(
             raise ValueError("rigl: update needs params, tx.update(grads, state, params)")
         leaves, unflatten = flatten(params)
         pruned = select(leaves, only=only, recipe=None, who="rigl")
-        grads, treedef = jax.tree.flatten(updates)
+        found, unflatten_steps = flatten(updates)
+        grads = [p.value for p in found]
         at = [i for i, s in enumerate(pruned) if s is not None]
         old = dict(zip(at, jax.tree.leaves(state.masks), strict=True))
         active = [jnp.where(old[i], g, 0) if i in old else g for i, g in enumerate(grads)]
-        stepped, inner = optimizer.update(treedef.unflatten(active), state.inner, params, **extra)
-        steps = jax.tree.leaves(stepped)
+        stepped, inner = optimizer.update(unflatten_steps(active), state.inner, params, **extra)
+        steps = [p.value for p in flatten(stepped)[0]]
 
         share = fraction / 2 * (1 + jnp.cos(jnp.pi * state.step / max(until, 1)))
         due = (state.step % every == 0) & (state.step < until) & (state.step > 0)
 
         def move(masks: list[jax.Array]) -> list[jax.Array]:
             return [
-                _move(m, leaves[i].value + steps[i], grads[i], share)
+                _move(m, optax.apply_updates(leaves[i].value, steps[i]), grads[i], share)
                 for i, m in zip(at, masks, strict=True)
             ]
 
@@ -125,15 +126,20 @@ def rigl(
         new = dict(zip(at, moved, strict=True))
         stays = {i: old[i] & new[i] for i in at}
         out = [
-            u if i not in stays else jnp.where(stays[i], u, -p.value.astype(u.dtype))
+            u if i not in stays else keep_step(stays[i], u, p.value)
             for i, (u, p) in enumerate(zip(steps, leaves, strict=True))
         ]
-        everywhere = unflatten([stays.get(i, jnp.ones((), bool)) for i in range(len(leaves))])
+        everywhere = unflatten(
+            [
+                stays[i] if i in stays else jax.tree.map(lambda _: jnp.ones((), bool), p.value)
+                for i, p in enumerate(leaves)
+            ]
+        )
         inner = optax.tree.map_params(
             optimizer, lambda m, s: jnp.where(s, m, jnp.zeros((), m.dtype)), inner, everywhere
         )
         masks = unflatten([new.get(i) for i in range(len(leaves))])
-        return treedef.unflatten(out), RigLState(state.step + 1, masks, inner)
+        return unflatten_steps(out), RigLState(state.step + 1, masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

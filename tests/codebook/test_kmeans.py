@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +191,7 @@ def test_random_starts_follow_the_key():
 def test_more_iterations_never_lose():
     w = normal(64, 40)
     losses = [loss(w, KMeans(bits=4, iterations=i)(w)) for i in (1, 5, 300)]
-    assert all(a >= b * (1 - 1e-6) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(a >= b * (1 - 1e-6) for a, b in itertools.pairwise(losses))
     assert losses[-1] < 0.8 * losses[0]
 
 
