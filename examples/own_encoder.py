@@ -1,4 +1,4 @@
-"""An encoder of your own in 40 lines: weights rounded to powers of two.
+"""An encoder of your own in 50 lines: weights rounded to powers of two.
 
 Run it: ``python examples/own_encoder.py``.
 """

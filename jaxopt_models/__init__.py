@@ -1,4 +1,4 @@
-"""jaxopt_models: makes any JAX model smaller and faster, by pure functions on its parameters.
+"""jaxopt_models: makes any JAX model smaller, by pure functions on its parameters.
 
 A compressed parameter is a pytree node that stands where the array stood and knows how to
 rebuild it. ``import jaxopt_models as jom``; unrelated to the JAXopt library.

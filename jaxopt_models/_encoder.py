@@ -88,8 +88,7 @@ class Encoder:
         check_tensor(w)
         axes = (axes or Axes()).resolve(w.ndim)
         if keep is not None:
-            if tuple(keep.shape) != tuple(w.shape):
-                raise ValueError(f"keep has shape {keep.shape}, the tensor has {w.shape}")
+            check_keep(keep, w.shape)
             w = jnp.where(keep, w, jnp.zeros((), w.dtype))
         return self.run(jnp.asarray(w), axes, keep, stats, key)
 
@@ -109,6 +108,8 @@ class Encoder:
                     f"then encode: chain({type(self).__name__}(...), ...)"
                 )
             return new if keep is None else _masked(keep, new, len(old.stack))
+        if keep is not None:
+            check_keep(keep, old.shape)
         mask = old.keep() if keep is None else jnp.logical_and(old.keep(), keep)
         values = old.values.materialize() if is_encoded(old.values) else old.values
         new = self._encode(values, axes=axes, keep=mask, stats=stats, key=key)
@@ -142,6 +143,14 @@ def _run(encoder: Encoder, axes: Axes, w: Any, keep: Any, stats: Any, key: Any) 
     for _ in range(axes.stack):
         one = jax.vmap(one)
     return one(w, keep, stats, key)
+
+
+def check_keep(keep: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless ``keep`` is a boolean array of the shape of the tensor."""
+    if getattr(keep, "dtype", None) != jnp.bool_:
+        raise TypeError(f"keep must be a boolean array, got {type(keep).__name__}: {keep!r:.60}")
+    if tuple(keep.shape) != tuple(shape):
+        raise ValueError(f"keep has shape {tuple(keep.shape)}, the tensor has {tuple(shape)}")
 
 
 def check_tensor(w: Any) -> None:

@@ -48,15 +48,16 @@ def layers(path: str | os.PathLike[str]) -> Table:
             (
                 p.path,
                 size,
-                100 * kept / size,
+                100 * kept / max(size, 1),
                 _code_bits(p.value),
                 8 * spent["codes"] / max(kept, 1) or None,
                 8 * spent["index"] / max(kept, 1) or None,
                 spent["all"],
-                100 * spent["all"] / (4 * size),
+                100 * spent["all"] / max(4 * size, 1),
             )
         )
     total = found.data["file_bytes"]
+    weights = max(weights, 1)
     share = 100 * kept_in_all / weights
     rows.append(("file", weights, share, None, None, None, total, 100 * total / (4 * weights)))
     columns = (

@@ -102,7 +102,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxopt_models", description="Makes any JAX model smaller and faster.")
+    parser = _Parser(prog="jaxopt_models", description="Makes any JAX model smaller.")
     parser.add_argument("--version", action="version", version=f"jaxopt_models {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

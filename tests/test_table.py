@@ -23,7 +23,11 @@ def test_rows_columns_and_json():
     t = table()
     assert len(t) == 2 and t[0]["bytes"] == 1234 and t.column("path")[1] == "w[abc]"
     assert [row["error"] for row in t] == [0.5, True]
-    assert json.loads(t.to_json())["rows"][0] == {"path": "[/x].weight", "bytes": 1234, "error": 0.5}
+    assert json.loads(t.to_json())["rows"][0] == {
+        "path": "[/x].weight",
+        "bytes": 1234,
+        "error": 0.5,
+    }
 
 
 def test_html_escapes():

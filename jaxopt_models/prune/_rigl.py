@@ -51,7 +51,8 @@ def rigl(
     because the moments of what is grown or dropped are reset in the wrapped state.
 
     Args:
-      optimizer: any optax optimizer, for instance ``optax.adamw(1e-3)``.
+      optimizer: any optax optimizer, for instance ``optax.adamw(1e-3)``. Only moments with
+        an entry for each weight are reset; row and column moments, as of Adafactor, stay.
       sparsity: share of entries that are zero, in each parameter, in [0, 1).
       key: random key of the first masks.
       until: step `T` after which the masks stay.
@@ -135,13 +136,18 @@ def rigl(
                 for i, p in enumerate(leaves)
             ]
         )
-        inner = optax.tree.map_params(
-            optimizer, lambda m, s: jnp.where(s, m, jnp.zeros((), m.dtype)), inner, everywhere
-        )
+        inner = optax.tree.map_params(optimizer, _reset, inner, everywhere)
         masks = unflatten([new.get(i) for i in range(len(leaves))])
         return unflatten_steps(out), RigLState(state.step + 1, masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _reset(moment: jax.Array, stays: jax.Array) -> jax.Array:
+    """Zeroes the moments of entries that do not stay; factored ones have none of their own."""
+    if stays.ndim and stays.shape != moment.shape:
+        return moment
+    return jnp.where(stays, moment, jnp.zeros((), moment.dtype))
 
 
 def _move(mask: jax.Array, w: jax.Array, grad: jax.Array, share: jax.Array) -> jax.Array:

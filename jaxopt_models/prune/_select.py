@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -29,6 +30,12 @@ def keep_largest(
     Returns:
       Booleans of the shapes of ``scores``.
     """
+    size = sum(math.prod(s.shape) for s in scores)
+    if size >= 1 << 31:
+        raise ValueError(
+            f"{size} entries are pruned together; at most 2^31 - 1 can be counted, so prune in "
+            "parts (only=, or a rule for each layer)"
+        )
     words = [_ordered(s, k) for s, k in zip(scores, keep, strict=True)]
     dtype = words[0].dtype
     width = 8 * dtype.itemsize
