@@ -66,7 +66,8 @@ class Table:
         console = Console(file=out, width=200, color_system=None, force_terminal=False)
         console.print(self._rich(), crop=False)
         lines = [line.rstrip() for line in out.getvalue().rstrip("\n").split("\n")]
-        return "\n".join([*lines, *self.notes])
+        # Not rich's title, which would be folded to the width of the table.
+        return "\n".join([self.title, *lines, *self.notes] if self.title else [*lines, *self.notes])
 
     __repr__ = __str__
 
@@ -75,8 +76,7 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text  # names may hold brackets, which rich reads as markup
 
-        title = Text(self.title) if self.title else None
-        table = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        table = RichTable(box=box.SIMPLE_HEAD)
         for name in self.columns:
             numeric = any(isinstance(v, (int, float)) for v in self.column(name))
             table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
