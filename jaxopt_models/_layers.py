@@ -70,7 +70,7 @@ def layers(path: str | os.PathLike[str]) -> Table:
         "bytes",
         "of float32 %",
     )
-    return Table(columns, rows, title="layers", notes=[f"{4 * weights / total:.2f}x"])
+    return Table(columns, rows, title="layers", notes=[f"{found.data['ratio']:.2f}x"])
 
 
 def _code_bits(x: Any) -> int | None:

@@ -110,7 +110,9 @@ def deep_compression(
         statistics, counters) is taken over from there.
       key: random key, for encoders that draw.
       checkpoint: folder for Orbax checkpoints. If it holds one of this very run, the work
-        goes on from there and ends in the same file, bit for bit; otherwise it raises.
+        goes on from there and ends in the same file, bit for bit; one with other parameters,
+        recipe, steps or key is refused. Functions cannot be compared: that loss, batches and
+        optimizer are the same is up to the caller.
       save_every: steps between two checkpoints; another is made on Ctrl-C.
       progress: show a bar for each stage.
 
@@ -152,10 +154,17 @@ def deep_compression(
         progress=progress,
         checkpoints=Checkpoints(
             checkpoint,
-            {"recipe": recipe_to_json(recipe), "steps": repr(steps), "params": digest(params)},
+            {
+                "recipe": recipe_to_json(recipe),
+                "steps": repr(steps),
+                "params": digest(params),
+                "key": digest(key),
+                "stateful": repr(stateful),
+            },
         ),
         evaluate=evaluate,
-        parameters=sum(x.size for x in jax.tree.leaves(params) if hasattr(x, "size")),
+        parameters=sum(p.value.size for p in leaves if not _not_counted(p.value)),
+        recipe=recipe,
     )
     # What a file of the pruned parameters takes: the recipe without its other encoders.
     pruning = [Rule(rule.path, find_magnitude(rule.encoder), rule.axes) for rule in recipe]
@@ -217,6 +226,7 @@ class _Run:
     checkpoints: Checkpoints
     evaluate: Callable[[Any], float] | None
     parameters: int
+    recipe: list[Rule]
     rows: list[tuple] = dataclasses.field(default_factory=list)
 
     def stage(
@@ -256,8 +266,13 @@ class _Run:
         """Adds a row to the table of stages."""
         dense = materialize(tree)
         error = None if self.evaluate is None else float(self.evaluate(dense))
-        size = file_bytes if file_bytes is not None else artifact.size(tree)
+        size = file_bytes or artifact.size(tree, recipe=self.recipe)
         self.rows.append((name, steps, size, 4 * self.parameters / size, error))
+
+
+def _not_counted(x: Any) -> bool:
+    # As in a file: counters and random keys are stored, but are no parameters.
+    return not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 class _State(NamedTuple):

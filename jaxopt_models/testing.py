@@ -203,7 +203,7 @@ def _check_transforms(case: _Case, leaf: Encoded, key: Any) -> None:
     assert bits(shown) == value, f"law 4: {where}, straight_through under jit"
     assert bool(np.all(np.asarray(tangent) == 1)), f"law 4: {where}, tangent under jit"
 
-    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), leaf)
+    stacked = jax.tree.map(lambda x: jnp.asarray(np.stack([x, x])), leaf)
     assert stacked.shape == (2, *case.w.shape), f"law 3: {where}, stacked is {stacked.shape}"
 
     @jax.jit

@@ -100,16 +100,14 @@ def test_integers_pass_through_and_cannot_be_named():
 @pytest.mark.parametrize(
     "encoder",
     [
-        INT8,
         quant.Int(bits=3),
         quant.Int(bits=8, symmetric=False),
         prune.Magnitude(sparsity=0.0),
         codebook.KMeans(bits=1),
-        codebook.KMeans(bits=3, per="channel"),
         chain(HALF, INT8),
     ],
 )
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("shape", [(), (1, 1)])
 def test_a_single_number(encoder, shape):
     w = jnp.full(shape, -0.7)
     small = jom.compress({"w": w}, [Rule("w", encoder)])["w"]

@@ -57,8 +57,15 @@ def test_tangents_pass_bit_for_bit(encoder, w, t):
     assert bits(tangent) == bits(t)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS[::3], ids=repr)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("encoder", "dtype"),
+    [
+        (ENCODERS[0], jnp.bfloat16),
+        (ENCODERS[1], jnp.float16),
+        (HALF, jnp.bfloat16),
+        (ENCODERS[6], jnp.float16),
+    ],
+)
 def test_other_types(encoder, dtype):
     w = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), dtype)
     want = bits(encoder(w).materialize())
@@ -88,7 +95,7 @@ def test_hessian_of_a_small_tensor():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("encoder", [ENCODERS[1], HALF, codebook.KMeans(bits=2)])
+@pytest.mark.parametrize("encoder", [ENCODERS[1], codebook.KMeans(bits=2)])
 def test_vmap_shows_each_tensor_its_own(encoder):
     ws = jnp.asarray(np.random.default_rng(0).normal(size=(3, *SHAPE)), jnp.float32)
     shown = jax.vmap(EAGER[encoder])(ws)

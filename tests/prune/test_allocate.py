@@ -30,7 +30,7 @@ def largest(params, sparsity):
     return np.split(marks, np.cumsum([k.size for k in kernels(params)])[:-1])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), sparsity=st.floats(0, 0.95))
 def test_the_plan_counts_the_largest_of_all(seed, sparsity):
     params = params_of(seed)

@@ -59,8 +59,9 @@ def test_selection_over_several_arrays():
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 4, size=s).astype(np.float32) for s in [(3, 4), (5,), (2, 2, 2)]]
     whole = np.concatenate([a.ravel() for a in arrays])
+    run = jax.jit(lambda arrays, count: keep_largest(arrays, count, keep=[None] * 3))
     for count in range(whole.size + 1):
-        marks = keep_largest([jnp.asarray(a) for a in arrays], count, keep=[None] * 3)
+        marks = run(arrays, count)
         got = np.concatenate([np.asarray(m).ravel() for m in marks])
         np.testing.assert_array_equal(got, oracle(whole, count))
 
@@ -88,7 +89,7 @@ def test_denormals_of_half_precision_are_told_apart():
     np.testing.assert_array_equal(Magnitude(sparsity=0.5)(w).keep(), [False] * 4 + [True] * 4)
 
 
-@pytest.mark.parametrize("n", range(1, 25))
+@pytest.mark.parametrize("n", [1, 2, 7, 25])
 def test_counts_round_to_the_nearest(n):
     w = jnp.asarray(np.random.default_rng(n).normal(size=n), jnp.float32)
     for sparsity in (0.0, 0.5, 0.9):

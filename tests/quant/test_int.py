@@ -73,7 +73,7 @@ def test_encoding_again_changes_no_bit(symmetric, width, w):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [2, 5, 8])
 @FEW
 @given(seed=st.integers(0, 2**31))
 def test_encoding_again_changes_no_bit_of_narrow_types(dtype, width, seed):
@@ -123,13 +123,16 @@ def test_packed_codes_come_back(width, signed):
         low, high = -1, 0
     else:
         low, high = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if signed else (0, 2**width - 1)
-    for n in (1, 7, 8, 9, 31):
-        rng = np.random.default_rng(n)
-        codes = rng.integers(low, high + 1, size=(2, 3, n)).astype(np.int32)
+
+    @jax.jit
+    def again(codes):
+        packed = pack_codes(codes, bits=width, signed=signed)
+        return unpack_codes(packed, codes.shape[-1], bits=width, signed=signed)
+
+    for n in (1, 8, 9):
+        codes = np.random.default_rng(n).integers(low, high + 1, size=(2, 3, n)).astype(np.int32)
         codes[0, 0, :1], codes[1, 2, -1:] = low, high
-        packed = pack_codes(jnp.asarray(codes), bits=width, signed=signed)
-        got = unpack_codes(packed, n, bits=width, signed=signed)
-        np.testing.assert_array_equal(got, codes)
+        np.testing.assert_array_equal(again(codes), codes)
 
 
 def loop_oracle(w, out, group, top):
