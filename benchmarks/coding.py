@@ -9,8 +9,7 @@ import numpy as np
 
 import jaxopt_models as jom
 from jaxopt_models._demo import recipe
-from jaxopt_models.artifact import Coder, encode
-from jaxopt_models.artifact._audit import audit
+from jaxopt_models.artifact import Coder, audit, encode
 from jaxopt_models.artifact._huffman import unpack_lengths
 
 from ._rows import Row

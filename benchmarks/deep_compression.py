@@ -25,7 +25,8 @@ import numpy as np
 import optax
 
 import jaxopt_models as jom
-from jaxopt_models import codebook, data, models, prune, quant
+from jaxopt_models import data, models
+from jaxopt_models._demo import recipe
 
 from ._rows import Row, mean_row
 
@@ -63,16 +64,7 @@ class Setting:
 
     def recipe(self) -> list[jom.Rule]:
         """Returns pruned and clustered kernels, 8-bit biases."""
-        rules = [
-            jom.Rule(
-                f"{name}/kernel",
-                jom.chain(
-                    prune.Magnitude(sparsity=round(1 - density, 6)), codebook.KMeans(bits=bits)
-                ),
-            )
-            for name, (density, bits) in self.layers.items()
-        ]
-        return [*rules, jom.Rule(".*/bias", quant.Int(bits=8, per="tensor"))]
+        return recipe(self.layers)
 
 
 def shifted(batches: Callable[[int], Any], *, most: int, seed: int) -> Callable[[int], Any]:
@@ -190,9 +182,10 @@ SETTINGS = {
     "fashion": Setting(
         data.fashion_mnist,
         models.LeNet300,
-        {"ip1": (0.065, 4), "ip2": (0.09, 4), "ip3": (0.3, 4)},
-        (10, 30, 5),
-        200,
+        {"ip1": (0.077, 4), "ip2": (0.105, 4), "ip3": (0.33, 4)},
+        (3, 39, 8),
+        100,
+        rates=(1e-3, 1e-3, 7e-4),
     ),
 }
 

@@ -12,6 +12,10 @@ from . import codebook as codebook
 from . import prune as prune
 from . import quant as quant
 from ._axes import Axes as Axes
+from ._bits import pack_bits as pack_bits
+from ._bits import pack_codes as pack_codes
+from ._bits import unpack_bits as unpack_bits
+from ._bits import unpack_codes as unpack_codes
 from ._compress import compress as compress
 from ._compress import straight_through as straight_through
 from ._encoded import Encoded as Encoded

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._options import whole
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
@@ -24,7 +26,8 @@ class Axes:
       stack: number of leading stack axes.
 
     Raises:
-      TypeError: if ``out`` is no tuple of integers.
+      TypeError: if ``out`` is no tuple of integers, or ``stack`` no integer.
+      ValueError: if ``stack`` is negative.
 
     Example:
       >>> Axes.torch()                      # weights stored (out, in)
@@ -42,6 +45,8 @@ class Axes:
         axes = () if self.out is None else self.out
         if not isinstance(axes, tuple) or not all(isinstance(a, int) for a in axes):
             raise TypeError(f"Axes: out={self.out!r} is no tuple of axes; write out=(0,)")
+        if whole(self.stack, "Axes: stack") < 0:
+            raise ValueError(f"Axes: stack={self.stack} is a number of leading axes, not an axis")
 
     @classmethod
     def torch(cls) -> Axes:

@@ -28,8 +28,9 @@ class Encoded:
     core: tuple[int, ...]
     #: Fields that :func:`partition` hands to an optimizer.
     trainable: ClassVar[tuple[str, ...]] = ()
-    #: Fields that a file entropy-codes: ``"mask"``, a packed mask with :meth:`keep`, or
-    #: ``"codes"``, packed integers of ``bits`` bits with :meth:`integers` and ``signed``.
+    #: Fields that a file entropy-codes: ``"mask"``, booleans packed by :func:`pack_bits`, or
+    #: ``"codes"``, integers of ``bits`` bits packed by :func:`pack_codes`, ``signed`` or not.
+    #: Other integer arrays of at most 8 bits are coded as they are.
     coded: ClassVar[dict[str, str]] = {}
 
     @property
@@ -119,7 +120,14 @@ def _brief(x: Any) -> str:
 
 
 def static(**kwargs: Any) -> Any:
-    """Declares a static field of a leaf: hashable, part of the tree structure."""
+    """Declares a static field of a leaf: hashable, part of the tree structure.
+
+    Args:
+      **kwargs: as for `dataclasses.field`.
+
+    Returns:
+      What stands after the annotation in the class; see :func:`leaf`.
+    """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
@@ -137,6 +145,19 @@ def leaf(cls: type[T]) -> type[T]:
 
     Raises:
       TypeError: if it is no :class:`Encoded`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxopt_models as jom
+      >>> @jom.leaf
+      ... class Halved(jom.Encoded):
+      ...     half: jax.Array
+      ...     core: tuple[int, ...] = jom.static()
+      ...     dtype = property(lambda self: jnp.dtype("float32"))
+      ...     stack = property(lambda self: self.half.shape[: self.half.ndim - len(self.core)])
+      ...     def rebuild(self):
+      ...         return self.half.astype(jnp.float32)
+      >>> Halved(jnp.ones(3, jnp.bfloat16), core=(3,)).storage_bits()
+      48
     """
     if not issubclass(cls, Encoded):
         raise TypeError(f"leaf: {cls.__name__} must derive from jaxopt_models.Encoded")
@@ -218,8 +239,11 @@ class Masked(Encoded):
         values = self.values.materialize() if is_encoded(self.values) else self.values
         return jnp.where(self.keep(), values, jnp.zeros((), values.dtype))
 
+    def _drops_values(self) -> bool:
+        return bool(jnp.any(jnp.abs(jnp.where(self.keep(), 0, self.values)) > 0))
+
     def check(self) -> list[str]:
-        """Checks the shape of the parts and the padding of the mask."""
+        """Checks the shape of the parts, the padding of the mask and what it drops."""
         n = self.core[-1] if self.core else 1
         want = self.stack + self.core[:-1] + (packed_length(n),)
         wrong = []
@@ -229,4 +253,6 @@ class Masked(Encoded):
             wrong.append("mask has bits set beyond the last entry")
         if tuple(self.values.shape) != self.shape:
             wrong.append(f"values have shape {self.values.shape}, the mask says {self.shape}")
+        elif not wrong and not is_encoded(self.values) and self._drops_values():
+            wrong.append("values are not zero where the mask drops them")
         return wrong + (self.values.check() if is_encoded(self.values) else [])

@@ -62,6 +62,12 @@ def combine(trainable: Any, rest: Any) -> Any:
 
     Raises:
       ValueError: if the halves do not come from one tree, or both hold a value somewhere.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> trainable, rest = jom.partition({"w": jnp.ones(2), "step": jnp.int32(7)})
+      >>> jom.combine(trainable, rest)["step"]
+      Array(7, dtype=int32)
     """
     hole = {"is_leaf": lambda x: x is None}
     a, treedef = jax.tree.flatten(trainable, **hole)
@@ -84,9 +90,10 @@ def check_trainable(tree: Any, *, who: str) -> None:
             continue
         parts = _arrays(p.path, p.value)
         for path, x in parts:
-            if not jnp.issubdtype(x.dtype, jnp.floating):
+            kind = getattr(x, "dtype", type(x).__name__)
+            if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(
-                    f"{who}: {path} is {x.dtype}, which no optimizer can train; split the tree "
+                    f"{who}: {path} is {kind}, which no optimizer can train; split the tree "
                     "first: trainable, rest = jaxopt_models.partition(params)"
                 )
 

@@ -2,6 +2,10 @@
 
 A linen dict gives `params/ip1/kernel`, an nnx state `ip1/kernel/value`, a plain dict
 `ip1/kernel`. Here all three read `ip1/kernel`, so that one recipe serves them.
+
+A dict of `params` beside collections that linen's layers are known to keep is read as linen's
+``variables``. Alone, or beside anything else, `params` is a key like any other: pass
+``variables["params"]`` of a module with collections of its own.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import optax
 from . import artifact
 from ._compress import compress
 from ._encoded import materialize
+from ._options import whole
 from ._partition import combine, partition
 from ._paths import flatten
 from ._progress import bar
@@ -50,6 +51,15 @@ class Steps:
       tune: training of centroids, scales and dense parameters, codes fixed.
       ramp: share of the pruning steps over which the sparsity rises.
       every: steps between two updates of the masks.
+
+    Raises:
+      TypeError: for numbers of steps that are not whole.
+      ValueError: for numbers out of range.
+
+    Example:
+      >>> import jaxopt_models as jom
+      >>> jom.Steps(train=100, prune=300, tune=50)
+      Steps(train=100, prune=300, tune=50, ramp=0.6, every=25)
     """
 
     train: int = 0
@@ -59,6 +69,8 @@ class Steps:
     every: int = 25
 
     def __post_init__(self) -> None:
+        for name in ("train", "prune", "tune", "every"):
+            object.__setattr__(self, name, whole(getattr(self, name), f"Steps: {name}"))
         if min(self.train, self.prune, self.tune) < 0 or not 0 < self.ramp <= 1 or self.every < 1:
             raise ValueError(f"Steps: {self} needs steps >= 0, 0 < ramp <= 1, every >= 1")
 
@@ -138,6 +150,11 @@ def deep_compression(
       Han et al., `Deep Compression <https://arxiv.org/abs/1510.00149>`_, 2016
     """
     recipe = check_recipe(recipe, who="deep_compression")
+    if not callable(optimizer):
+        raise TypeError(
+            "deep_compression: optimizer= is a function of stage and steps, for instance "
+            f"lambda stage, steps: optax.adam(1e-3); got {type(optimizer).__name__}"
+        )
     leaves, _ = flatten(params)
     decisions = decide(leaves, recipe, who="deep_compression")
     if steps.prune and not any(find_magnitude(d.encoder) for d in decisions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -12,20 +13,27 @@ import jax.numpy as jnp
 
 from ._axes import Axes
 from ._bits import array_bits
-from ._compress import fold, named
-from ._encoded import is_encoded
+from ._compress import encode
+from ._encoded import Encoded, is_encoded
 from ._paths import Parameter, flatten
-from ._recipe import Rule, decide, show
+from ._recipe import Decision, Rule, decide, show
 from ._table import Table
 
 
-def plan(params: Any, recipe: Sequence[Rule], *, stats: Any = None) -> Table:
+def plan(
+    params: Any,
+    recipe: Sequence[Rule],
+    *,
+    stats: Any = None,
+    key: jax.Array | None = None,
+) -> Table:
     """Says what a recipe would do to each parameter, without doing it.
 
     Args:
       params: tree of arrays or of `jax.ShapeDtypeStruct`; nothing is computed on them.
       recipe: rules, as for :func:`compress`.
       stats: as for :func:`compress`.
+      key: as for :func:`compress`.
 
     Returns:
       A table: path, shape, axes (`in`/`out`/`stack` for each axis), encoder, bits an entry
@@ -51,8 +59,7 @@ def plan(params: Any, recipe: Sequence[Rule], *, stats: Any = None) -> Table:
         new, axes, note = _stored_bits(p.value), "", p.reason and f"not a parameter: {p.reason}"
         if d.encoder is not None and d.rule is not None:
             given = d.rule.axes or getattr((stats or {}).get(p.path), "axes", None)
-            with named(f"plan: {p.path}"):
-                leaf = _abstract(d.encoder, p, given, stats)
+            leaf = _abstract(d, stats, key)
             new, axes = leaf.storage_bits(), _roles(shape, given)
             if leaf.dtype != p.value.dtype:
                 note = f"{p.value.dtype} is read as {leaf.dtype}: JAX_ENABLE_X64 is not set"
@@ -67,11 +74,16 @@ def plan(params: Any, recipe: Sequence[Rule], *, stats: Any = None) -> Table:
     return Table(columns, rows, title="plan", notes=[_total(before, after)])
 
 
-def _abstract(encoder: Any, p: Parameter, axes: Axes | None, stats: Any) -> Any:
-    found = None if stats is None else stats.get(p.path)
-    key = fold(jax.random.key(0), p.path)
-    value = p.value if is_encoded(p.value) else jax.ShapeDtypeStruct(p.value.shape, _seen(p.value))
-    return jax.eval_shape(lambda w: encoder(w, axes=axes, stats=found, key=key), value)
+def _abstract(d: Decision, stats: Any, key: jax.Array | None) -> Any:
+    value = d.parameter.value
+    if not is_encoded(value):
+        value = jax.ShapeDtypeStruct(value.shape, _seen(value))
+
+    def encoded(w: Any) -> Any:
+        parameter = dataclasses.replace(d.parameter, value=w)
+        return encode(dataclasses.replace(d, parameter=parameter), stats=stats, key=key, who="plan")
+
+    return jax.eval_shape(encoded, value)
 
 
 def _seen(x: Any) -> Any:
@@ -95,12 +107,13 @@ def _stored_bits(x: Any) -> int:
     return x.storage_bits() if is_encoded(x) else _dense_bits(x)
 
 
-def report(params: Any, small: Any) -> Table:
+def report(params: Any, small: Any, *, types: Sequence[type[Encoded]] = ()) -> Table:
     r"""Says what became of each parameter: kind, bytes by part, error.
 
     Args:
       params: the dense tree, or ``None`` where it is gone (no errors then).
       small: the compressed tree, or the path of an artifact.
+      types: your own leaf classes that a file may name.
 
     Returns:
       For a tree: path, kind, shape, bytes in memory by part, bits an entry, and the
@@ -120,10 +133,10 @@ def report(params: Any, small: Any) -> Table:
     if isinstance(small, (str, os.PathLike)):
         from . import artifact
 
-        table = artifact.inspect(small)
+        table = artifact.inspect(small, types=types)
         if params is None:
             return table
-        small = artifact.load(small)
+        small = artifact.load(small, types=types)
     leaves, _ = flatten(small)
     dense = {} if params is None else match_paths(params, leaves, who="report")
     rows = []
@@ -174,7 +187,7 @@ def _error(w: Any, x: Any) -> float | None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     got = (x.materialize() if is_encoded(x) else jnp.asarray(x)).astype(jnp.float32)
-    want = jnp.asarray(w).astype(jnp.float32)
+    want = (w.materialize() if is_encoded(w) else jnp.asarray(w)).astype(jnp.float32)
     norm = jnp.linalg.norm(want.reshape(-1))
     miss = jnp.linalg.norm((want - got).reshape(-1))
     return float(jnp.where(norm > 0, miss / jnp.where(norm > 0, norm, 1), miss))

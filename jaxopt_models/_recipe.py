@@ -11,6 +11,7 @@ from typing import Any
 
 from ._axes import Axes
 from ._encoder import Chain, Encoder, chain
+from ._options import pattern
 from ._paths import Parameter
 
 
@@ -39,10 +40,7 @@ class Rule:
     axes: Axes | None = None
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.path)
-        except (re.error, TypeError) as e:
-            raise ValueError(f"Rule: path {self.path!r} is no regular expression: {e}") from None
+        pattern(self.path, "Rule: path")
         if self.encoder is not None and not isinstance(self.encoder, Encoder):
             raise TypeError(
                 f"Rule: encoder for {self.path!r} is {self.encoder!r}; give an encoder such as "
@@ -108,7 +106,10 @@ def decide(leaves: Sequence[Parameter], recipe: Sequence[Rule], *, who: str) -> 
                 else "it matches no parameter"
             )
             paths = ", ".join(p.path for p in leaves if not p.reason) or "none"
-            raise ValueError(f"{who}: rule {i} ({rule.path!r}): {why}. Paths are: {paths}")
+            hint = ""
+            if not taken[i] and all(p.path.startswith("params/") for p in leaves):
+                hint = "; pass variables['params'], whose paths do not start with params/"
+            raise ValueError(f"{who}: rule {i} ({rule.path!r}): {why}. Paths are: {paths}{hint}")
     return decisions
 
 

@@ -130,6 +130,12 @@ def _compiled() -> list[str]:
     return events
 
 
+def _law(holds: Any, message: str) -> None:
+    # Not an assert statement, which vanishes under python -O.
+    if not holds:
+        raise AssertionError(message)
+
+
 def _tensor(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     rng = np.random.default_rng(math.prod(shape))
     return jnp.asarray(rng.normal(size=shape) * 0.1, dtype)
@@ -137,49 +143,49 @@ def _tensor(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _check_recipe(encoder: Encoder) -> None:
     fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)}
-    assert hash(encoder) == hash(type(encoder)(**fields)), f"{encoder} hashes unstably"
+    _law(hash(encoder) == hash(type(encoder)(**fields)), f"{encoder} hashes unstably")
     rule = Rule(".*", encoder)
     text = recipe_to_json([rule])
     steps = encoder.encoders if isinstance(encoder, Chain) else (encoder,)
     again = recipe_from_json(text, encoders=[type(e) for e in steps])
-    assert again == [rule], f"law 8: {text} reads {again}"
+    _law(again == [rule], f"law 8: {text} reads {again}")
 
 
 def _check_values(case: _Case, idempotent: bool) -> Encoded:
     w, where = case.w, case.where
     leaf = case.encode(w)
-    assert is_encoded(leaf), f"law 1: {where} gave {type(leaf)}"
+    _law(is_encoded(leaf), f"law 1: {where} gave {type(leaf)}")
     value = leaf.materialize()
-    assert (leaf.shape, leaf.dtype) == (w.shape, w.dtype), f"law 1: {where} says {leaf.shape}"
-    assert (value.shape, value.dtype) == (w.shape, w.dtype), f"law 1: {where} is {value.shape}"
+    _law((leaf.shape, leaf.dtype) == (w.shape, w.dtype), f"law 1: {where} says {leaf.shape}")
+    _law((value.shape, value.dtype) == (w.shape, w.dtype), f"law 1: {where} is {value.shape}")
     seen = jax.eval_shape(lambda w: case.encode(w).materialize(), w)
-    assert (seen.shape, seen.dtype) == (w.shape, w.dtype), f"law 1: {where}, eval_shape {seen}"
-    assert not leaf.check(), f"{where}: {leaf.check()}"
+    _law((seen.shape, seen.dtype) == (w.shape, w.dtype), f"law 1: {where}, eval_shape {seen}")
+    _law(not leaf.check(), f"{where}: {leaf.check()}")
 
     if idempotent:
         again = case.encode(value).materialize()
-        assert bits(again) == bits(value), f"law 2: {where} moved when encoded again"
+        _law(bits(again) == bits(value), f"law 2: {where} moved when encoded again")
 
     counted = sum(array_bits(x) for x in jax.tree.leaves(leaf))
-    assert leaf.storage_bits() == counted, f"law 5: {where}: {leaf.storage_bits()} != {counted}"
+    _law(leaf.storage_bits() == counted, f"law 5: {where}: {leaf.storage_bits()} != {counted}")
 
     before = compilations()
     again = case.encode(w)
-    assert compilations() == before, f"law 6: {where} compiled again"
-    assert leaf_bits(again) == leaf_bits(leaf), f"law 6: {where} gave another result"
+    _law(compilations() == before, f"law 6: {where} compiled again")
+    _law(leaf_bits(again) == leaf_bits(leaf), f"law 6: {where} gave another result")
 
     flat, treedef = jax.tree.flatten(leaf)
-    assert bits(treedef.unflatten(flat).materialize()) == bits(value), f"law 3: {where}, unflatten"
+    _law(bits(treedef.unflatten(flat).materialize()) == bits(value), f"law 3: {where}, unflatten")
     whole = combine(*partition({"w": leaf}))["w"]
-    assert jax.tree.structure(whole) == treedef, f"law 8: {where}, combine gave {whole}"
-    assert leaf_bits(whole) == leaf_bits(leaf), f"law 8: {where}, combine changed a part"
+    _law(jax.tree.structure(whole) == treedef, f"law 8: {where}, combine gave {whole}")
+    _law(leaf_bits(whole) == leaf_bits(leaf), f"law 8: {where}, combine changed a part")
     return leaf
 
 
 def _check_straight_through(case: _Case, leaf: Encoded, key: Any) -> None:
     shown, tangent = _show(case, case.w, key)
-    assert bits(shown) == bits(leaf.materialize()), f"law 4: {case.where}, shows other bits"
-    assert bool(np.all(np.asarray(tangent) == 1)), f"law 4: {case.where}, tangent not passed on"
+    _law(bits(shown) == bits(leaf.materialize()), f"law 4: {case.where}, shows other bits")
+    _law(bool(np.all(np.asarray(tangent) == 1)), f"law 4: {case.where}, tangent not passed on")
 
 
 def _show(case: _Case, w: jax.Array, key: Any) -> tuple[jax.Array, jax.Array]:
@@ -198,13 +204,13 @@ def _check_transforms(case: _Case, leaf: Encoded, key: Any) -> None:
         return leaf, leaf.materialize(), _show(case, w, key)
 
     inside, rebuilt, (shown, tangent) = encode(case.w)
-    assert leaf_bits(inside) == leaf_bits(leaf), f"law 3: {where}, encoded under jit"
-    assert bits(rebuilt) == value, f"law 3: {where}, encoded and rebuilt under jit"
-    assert bits(shown) == value, f"law 4: {where}, straight_through under jit"
-    assert bool(np.all(np.asarray(tangent) == 1)), f"law 4: {where}, tangent under jit"
+    _law(leaf_bits(inside) == leaf_bits(leaf), f"law 3: {where}, encoded under jit")
+    _law(bits(rebuilt) == value, f"law 3: {where}, encoded and rebuilt under jit")
+    _law(bits(shown) == value, f"law 4: {where}, straight_through under jit")
+    _law(bool(np.all(np.asarray(tangent) == 1)), f"law 4: {where}, tangent under jit")
 
     stacked = jax.tree.map(lambda x: jnp.asarray(np.stack([x, x])), leaf)
-    assert stacked.shape == (2, *case.w.shape), f"law 3: {where}, stacked is {stacked.shape}"
+    _law(stacked.shape == (2, *case.w.shape), f"law 3: {where}, stacked is {stacked.shape}")
 
     @jax.jit
     def rebuild(leaf, stacked):
@@ -216,14 +222,14 @@ def _check_transforms(case: _Case, leaf: Encoded, key: Any) -> None:
 
     names = ("rebuilt under jit", "stacked", "vmap", "scan", "slice")
     for name, got in zip(names, rebuild(leaf, stacked), strict=True):
-        assert bits(got) == value, f"law 3: {where}, {name}"
+        _law(bits(got) == value, f"law 3: {where}, {name}")
 
 
 def _check_mask(case: _Case) -> None:
     keep = np.random.default_rng(1).random(case.w.shape) < 0.5
     dropped = np.asarray(case.encode(case.w, keep=jnp.asarray(keep)).materialize())
     # Codes alone hold no mask; what must hold is that a mask put over them finds zeros kept.
-    assert not np.any(dropped[~keep] != 0), f"law 7: {case.where} revived zeros"
+    _law(not np.any(dropped[~keep] != 0), f"law 7: {case.where} revived zeros")
 
 
 def _check_file(case: _Case, leaf: Encoded) -> None:
@@ -231,10 +237,11 @@ def _check_file(case: _Case, leaf: Encoded) -> None:
         path = os.path.join(folder, "one.jom")
         artifact.save(path, {"w": leaf})
         loaded = artifact.load(path, types=list({type(x) for x in _nested(leaf)}))["w"]
-    assert jax.tree.structure(loaded) == jax.tree.structure(leaf), (
-        f"law 3: {case.where}, loaded as {loaded}"
+    _law(
+        jax.tree.structure(loaded) == jax.tree.structure(leaf),
+        f"law 3: {case.where}, loaded as {loaded}",
     )
-    assert leaf_bits(loaded) == leaf_bits(leaf), f"law 3: {case.where}, save and load"
+    _law(leaf_bits(loaded) == leaf_bits(leaf), f"law 3: {case.where}, save and load")
 
 
 def _nested(leaf: Encoded) -> list[Encoded]:

@@ -53,3 +53,21 @@ def test_examples_run(capsys):
     for path in sorted((ROOT / "examples").glob("*.py")):
         runpy.run_path(str(path), run_name="__main__")
     assert "bits" in capsys.readouterr().out
+
+
+def test_the_laws_hold_without_assertions():
+    code = (
+        "import dataclasses, jaxopt_models as jom\n"
+        "from jaxopt_models import quant\n"
+        "class Wrong(quant.Int):\n"
+        "    def encode(self, w, **kwargs):\n"
+        "        return super().encode(w + 1, **kwargs)\n"
+        "try:\n"
+        "    jom.testing.check_encoder(Wrong(bits=4), shapes=jom.testing.SHAPES[:1])\n"
+        "except AssertionError as e:\n"
+        "    print('law' in str(e))\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-O", "-c", code]
+    child = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert child.stdout.strip() == "True", child.stderr

@@ -1,5 +1,6 @@
 """The file format: one file, entropy-coded, no pickle, checked before it is used."""
 
+from ._audit import audit as audit
 from ._errors import ArtifactError as ArtifactError
 from ._file import load as load
 from ._file import load_recipe as load_recipe

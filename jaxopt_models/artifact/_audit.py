@@ -42,7 +42,7 @@ def audit(
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxopt_models as jom
-      >>> from jaxopt_models.artifact._audit import audit
+      >>> from jaxopt_models.artifact import audit
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = os.path.join(folder, "model.jom")
       ...     size = jom.save(path, {"codes": jnp.arange(2000, dtype=jnp.uint8) % 7})

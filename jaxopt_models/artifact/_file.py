@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._encoded import Encoded
+from .._options import pattern
 from .._paths import flatten
 from .._recipe import Rule, recipe_from_json, recipe_to_json
 from .._version import __version__
@@ -146,7 +146,8 @@ def load(
 
 
 def _wanted(paths: Sequence[str], only: str | None) -> set[str]:
-    wanted = {p for p in paths if only is None or re.fullmatch(only, p)}
+    selected = pattern(".*" if only is None else only, "load: only")
+    wanted = {p for p in paths if selected.fullmatch(p)}
     if only is not None and not wanted:
         raise ValueError(f"load: only={only!r} matches no tensor; paths are: {', '.join(paths)}")
     return wanted
@@ -180,6 +181,14 @@ def load_recipe(
 
 
 def size(tree: Any, *, recipe: Sequence[Rule] | None = None) -> int:
-    """Returns the bytes that :func:`save` would write for a tree."""
+    """Returns the bytes that :func:`save` would write for a tree.
+
+    Args:
+      tree: as for :func:`save`.
+      recipe: as for :func:`save`.
+
+    Returns:
+      The size of the file, all of it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         return save(os.path.join(folder, "size.jom"), tree, recipe=recipe)

@@ -13,6 +13,7 @@ import numpy as np
 from .._axes import Axes, Matrix
 from .._bits import is_concrete, pack_codes, wide_dtype
 from .._encoder import Encoder
+from .._options import whole
 from ._clustered import Clustered
 from ._lloyd import assign, lloyd
 
@@ -60,7 +61,9 @@ class KMeans(Encoder):
     iterations: int = 300
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+        object.__setattr__(self, "bits", whole(self.bits, "KMeans: bits"))
+        object.__setattr__(self, "iterations", whole(self.iterations, "KMeans: iterations"))
+        if not 1 <= self.bits <= 8:
             raise ValueError(f"KMeans: bits={self.bits!r} is not a width of 1 to 8")
         if self.per not in ("leaf", "channel"):
             raise ValueError(f"KMeans: per={self.per!r} is neither 'leaf' nor 'channel'")

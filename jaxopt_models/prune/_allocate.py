@@ -12,6 +12,7 @@ from .._bits import wide_dtype
 from .._compress import named
 from .._encoded import is_encoded
 from .._encoder import check_tensor
+from .._options import pattern
 from .._paths import flatten
 from .._recipe import Rule
 from ._magnitude import Magnitude
@@ -46,13 +47,13 @@ def allocate_global(
       [Rule('a', Magnitude(sparsity=0.5)), Rule('b', Magnitude(sparsity=0.5))]
     """
     Magnitude(sparsity=sparsity)  # checks the range
-    pattern = re.compile(only)
+    selected = pattern(only, "allocate_global: only")
     leaves, _ = flatten(params)
     least = 1 if axes is None else 1 + axes.stack
     chosen = [
         p
         for p in leaves
-        if not p.reason and pattern.fullmatch(p.path) and len(p.value.shape) > least
+        if not p.reason and selected.fullmatch(p.path) and len(p.value.shape) > least
     ]
     if not chosen:
         paths = ", ".join(p.path for p in leaves)

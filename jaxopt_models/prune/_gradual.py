@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import optax
 from .._axes import Axes
 from .._encoded import is_encoded
 from .._encoder import Chain, Encoder
+from .._options import pattern
 from .._partition import check_trainable
 from .._paths import Parameter, flatten
 from .._recipe import Rule, decide
@@ -207,13 +207,13 @@ def select(
             for d, p in zip(decide(leaves, recipe, who=who), leaves, strict=True)
         ]
     else:
-        pattern = re.compile(".*" if only is None else only)
+        selected = pattern(".*" if only is None else only, f"{who}: only")
         least = 2 if only is None else 1
         chosen = [
             Pruned(None, Axes().resolve(len(p.value.shape)))
             if not p.reason
             and not is_encoded(p.value)
-            and pattern.fullmatch(p.path)
+            and selected.fullmatch(p.path)
             and len(p.value.shape) >= least
             else None
             for p in leaves

@@ -23,6 +23,19 @@ class Block:
     Args:
       rows: consecutive inputs in a block.
       columns: consecutive outputs in a block.
+
+    Raises:
+      ValueError: for lengths that are not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxopt_models import prune
+      >>> w = jnp.array([[1.0, 0.0], [3.0, 0.0], [2.0, 9.0], [0.0, 0.0]])
+      >>> prune.Magnitude(sparsity=0.5, structure=prune.Block(2))(w).materialize()
+      Array([[1., 0.],
+             [3., 0.],
+             [0., 9.],
+             [0., 0.]], dtype=float32)
     """
 
     rows: int
@@ -40,6 +53,14 @@ class NofM:
     Args:
       n: how many are kept.
       m: length of a run.
+
+    Raises:
+      ValueError: unless ``0 < n < m``.
+
+    Example:
+      >>> from jaxopt_models import prune
+      >>> prune.Magnitude(structure=prune.NofM(2, 4)).structure
+      NofM(n=2, m=4)
     """
 
     n: int
@@ -93,6 +114,8 @@ class Magnitude(Encoder):
     across_stack: bool = False
 
     def __post_init__(self) -> None:
+        if self.across_stack and self.structure is not None:
+            raise ValueError("Magnitude: across_stack ranks single entries; leave structure= out")
         if isinstance(self.structure, NofM):
             if self.sparsity is not None:
                 n, m = self.structure.n, self.structure.m
@@ -100,7 +123,11 @@ class Magnitude(Encoder):
             return
         if self.structure is not None and not isinstance(self.structure, Block):
             raise ValueError(f"Magnitude: structure={self.structure!r}; use Block or NofM")
-        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
+        try:
+            object.__setattr__(self, "sparsity", float(self.sparsity))
+        except (TypeError, ValueError):
+            raise ValueError(f"Magnitude: sparsity={self.sparsity!r} is not in [0, 1)") from None
+        if not 0 <= self.sparsity < 1:
             raise ValueError(f"Magnitude: sparsity={self.sparsity!r} is not in [0, 1)")
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Masked:
@@ -166,8 +193,6 @@ def _masked(w: jax.Array, marks: jax.Array) -> Masked:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_across(encoder: Magnitude, axes: Axes, w: jax.Array, keep: Any) -> Masked:
-    if encoder.structure is not None:
-        raise ValueError("across_stack ranks single entries; it has no meaning with a structure")
     masked = _masked
     for _ in range(axes.stack):
         masked = jax.vmap(masked)

@@ -12,6 +12,7 @@ from jax import lax
 from .._axes import Axes, Matrix, divisors
 from .._bits import pack_codes, wide_dtype
 from .._encoder import Encoder
+from .._options import whole
 from ._quantized import Quantized
 
 
@@ -65,7 +66,10 @@ class Int(Encoder):
     per: Literal["channel", "tensor"] = "channel"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        object.__setattr__(self, "bits", whole(self.bits, "Int: bits"))
+        if self.group is not None:
+            object.__setattr__(self, "group", whole(self.group, "Int: group"))
+        if not 2 <= self.bits <= 8:
             raise ValueError(f"Int: bits={self.bits!r} is not a width of 2 to 8")
         if self.per not in ("channel", "tensor"):
             raise ValueError(f"Int: per={self.per!r} is neither 'channel' nor 'tensor'")

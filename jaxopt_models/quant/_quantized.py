@@ -101,6 +101,9 @@ class Quantized(Encoded):
             wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
         if not np.all(np.isfinite(self.scale)):
             wrong.append("a scale is NaN or Inf")
-        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
-            wrong.append("zero points and scales differ in shape")
+        z = self.zero_point
+        if z is not None and (z.shape != self.scale.shape or z.dtype != jnp.uint8):
+            wrong.append("zero points are not uint8 of the shape of the scales")
+        elif z is not None and int(jnp.max(z)) >= 1 << self.bits:
+            wrong.append(f"a zero point is beyond {self.bits} bits")
         return wrong

@@ -4,8 +4,7 @@ import numpy as np
 from artifact_trees import lenet, mixed
 
 import jaxopt_models as jom
-from jaxopt_models.artifact import Coder, MaskLayout, encode, inspect
-from jaxopt_models.artifact._audit import audit
+from jaxopt_models.artifact import Coder, MaskLayout, audit, encode, inspect
 
 
 def learning(row):

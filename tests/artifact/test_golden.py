@@ -9,8 +9,7 @@ from artifact_trees import take_apart
 from make_golden import FILES, GOLDEN, RECIPE, describe
 
 import jaxopt_models as jom
-from jaxopt_models.artifact import inspect, load_recipe
-from jaxopt_models.artifact._audit import audit
+from jaxopt_models.artifact import audit, inspect, load_recipe
 from jaxopt_models.artifact._container import DICTIONARY
 
 EXPECTED = json.loads((GOLDEN / "v1_expected.json").read_text())
