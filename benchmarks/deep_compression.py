@@ -157,9 +157,10 @@ SETTINGS = {
     "mnist": Setting(
         data.mnist,
         models.LeNet300,
-        {"ip1": (0.057, 4), "ip2": (0.085, 4), "ip3": (0.3, 4)},
-        (10, 30, 5),
+        {"ip1": (0.0575, 4), "ip2": (0.085, 4), "ip3": (0.3, 4)},
+        (15, 25, 5),
         200,
+        rates=(1e-3, 1e-3, 1e-3),
     ),
     "mnist shifted": Setting(
         data.mnist,
