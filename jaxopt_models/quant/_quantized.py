@@ -6,15 +6,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._axes import Matrix
-from .._bits import packed_layout, unpack_codes
-from .._encoded import Encoded, leaf, static
+from .._coded import Coded
+from .._encoded import leaf, static
 
 
 @leaf
-class Quantized(Encoded):
+class Quantized(Coded):
     r"""Integer codes with a scale, and perhaps a zero point, for each group.
 
     .. math:: w = s \, (q - z)
@@ -35,7 +34,6 @@ class Quantized(Encoded):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
-    coded: ClassVar[dict[str, str]] = {"codes": "codes"}
     codes: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None
@@ -43,16 +41,6 @@ class Quantized(Encoded):
     out: tuple[int, ...] = static()
     bits: int = static()
     dtype_name: str = static()
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Data type of the tensor."""
-        return jnp.dtype(self.dtype_name)
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Leading axes of the scales."""
-        return tuple(self.scale.shape[: self.scale.ndim - len(self.out) - 1])
 
     @property
     def signed(self) -> bool:
@@ -63,11 +51,6 @@ class Quantized(Encoded):
     def group(self) -> int:
         """Number of entries that share a scale."""
         return Matrix(self.core, self.out).rows // self.scale.shape[-1]
-
-    def integers(self) -> jax.Array:
-        """Unpacks the codes: `int32`, shape of the tensor."""
-        n = self.core[-1] if self.core else 1
-        return unpack_codes(self.codes, n, bits=self.bits, signed=self.signed).reshape(self.shape)
 
     def rebuild(self) -> jax.Array:
         """Multiplies the codes of one core tensor by their scales."""
@@ -87,20 +70,11 @@ class Quantized(Encoded):
         )
 
     def check(self) -> list[str]:
-        """Checks shapes, the range of the codes and the scales."""
-        wrong = []
-        m = Matrix(self.core, self.out)
-        groups = self.scale.shape[-1]
-        if groups == 0 or m.rows % groups:
-            wrong.append(f"{groups} groups do not divide {m.rows} inputs")
-        if tuple(self.scale.shape[len(self.stack) : -1]) != m.out_shape:
-            wrong.append(f"scales have shape {self.scale.shape} for the outputs {m.out_shape}")
-        shape, dtype = packed_layout(self.core, bits=self.bits, signed=self.signed)
-        if self.codes.dtype != dtype or tuple(self.codes.shape) != self.stack + shape:
-            have = f"{self.codes.dtype}{list(self.codes.shape)}"
-            wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
-        if not np.all(np.isfinite(self.scale)):
-            wrong.append("a scale is NaN or Inf")
+        """Checks also the groups and the zero points."""
+        wrong = super().check()
+        groups, rows = self.scale.shape[-1], Matrix(self.core, self.out).rows
+        if groups == 0 or rows % groups:
+            wrong.append(f"{groups} groups do not divide {rows} inputs")
         z = self.zero_point
         if z is not None and (z.shape != self.scale.shape or z.dtype != jnp.uint8):
             wrong.append("zero points are not uint8 of the shape of the scales")

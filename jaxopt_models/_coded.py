@@ -1,0 +1,64 @@
+"""What the leaves of integer codes have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._axes import Matrix
+from ._bits import packed_layout, unpack_codes
+from ._encoded import Encoded
+
+
+class Coded(Encoded):
+    """A tensor as packed codes and a trained part that says what they mean.
+
+    A subclass has the fields ``codes``, ``core``, ``out``, ``bits``, ``dtype_name`` and, first
+    in ``trainable``, the part `[*stack, *core[out], n]` with what belongs to each output.
+    """
+
+    coded: ClassVar[dict[str, str]] = {"codes": "codes"}
+
+    codes: jax.Array
+    out: tuple[int, ...]
+    bits: int
+    dtype_name: str
+    signed: bool
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the tensor."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def meaning(self) -> jax.Array:
+        """The part that says what codes mean: scales or centroids."""
+        return getattr(self, self.trainable[0])
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of :attr:`meaning`."""
+        return tuple(self.meaning.shape[: self.meaning.ndim - len(self.out) - 1])
+
+    def integers(self) -> jax.Array:
+        """Unpacks the codes: `int32`, shape of the tensor."""
+        n = self.core[-1] if self.core else 1
+        return unpack_codes(self.codes, n, bits=self.bits, signed=self.signed).reshape(self.shape)
+
+    def check(self) -> list[str]:
+        """Checks the layout of the codes and their meaning."""
+        wrong = []
+        name = self.trainable[0]
+        outputs = Matrix(self.core, self.out).out_shape
+        if tuple(self.meaning.shape[len(self.stack) : -1]) != outputs:
+            wrong.append(f"{name} has shape {self.meaning.shape} for the outputs {outputs}")
+        shape, dtype = packed_layout(self.core, bits=self.bits, signed=self.signed)
+        if self.codes.dtype != dtype or tuple(self.codes.shape) != self.stack + shape:
+            have = f"{self.codes.dtype}{list(self.codes.shape)}"
+            wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
+        if not np.all(np.isfinite(self.meaning)):
+            wrong.append(f"{name} holds NaN or Inf")
+        return wrong
