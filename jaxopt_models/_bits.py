@@ -60,12 +60,28 @@ def pack_bits(x: jax.Array) -> jax.Array:
 
     Returns:
       `uint8` of shape `[..., ceil(n / 8)]`; the bits beyond `n` are zero.
+
+    Example:
+      >>> pack_bits(jnp.array([True, False, True, False, False, False, False, False, True]))
+      Array([5, 1], dtype=uint8)
     """
     return jnp.packbits(x, axis=-1, bitorder="little")
 
 
 def unpack_bits(packed: jax.Array, n: int) -> jax.Array:
-    """Undoes :func:`pack_bits`: `[..., ceil(n / 8)]` bytes to `[..., n]` booleans."""
+    """Undoes :func:`pack_bits`.
+
+    Args:
+      packed: `uint8` of shape `[..., ceil(n / 8)]`.
+      n: length of the last axis of the booleans.
+
+    Returns:
+      Booleans, shape `[..., n]`.
+
+    Example:
+      >>> unpack_bits(jnp.array([5], jnp.uint8), 3)
+      Array([ True, False,  True], dtype=bool)
+    """
     return jnp.unpackbits(packed, axis=-1, count=n, bitorder="little").astype(bool)
 
 
@@ -88,6 +104,12 @@ def pack_codes(codes: jax.Array, *, bits: int, signed: bool) -> jax.Array:
 
     Returns:
       `[..., n]` of a packed integer type, or `uint8` planes `[..., bits, ceil(n / 8)]`.
+
+    Example:
+      >>> pack_codes(jnp.array([0, 1, 2, 3]), bits=3, signed=False)
+      Array([[10],
+             [12],
+             [ 0]], dtype=uint8)
     """
     if not has_planes(bits):
         if not signed and bits < 8:
@@ -109,6 +131,10 @@ def unpack_codes(packed: jax.Array, n: int, *, bits: int, signed: bool) -> jax.A
 
     Returns:
       `int32` codes, shape `[..., n]`.
+
+    Example:
+      >>> unpack_codes(jnp.array([[10], [12], [0]], jnp.uint8), 4, bits=3, signed=False)
+      Array([0, 1, 2, 3], dtype=int32)
     """
     if not has_planes(bits):
         codes = packed.astype(jnp.int32)

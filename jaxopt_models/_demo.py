@@ -94,6 +94,9 @@ def run_demo(
 
     Returns:
       Figures and tables.
+
+    Raises:
+      ValueError: if ``checkpoint`` holds another run.
     """
     start = time.monotonic()
     images = data.fashion_mnist_small()

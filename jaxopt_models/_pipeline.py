@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +13,12 @@ import optax
 
 from . import artifact
 from ._compress import compress
-from ._encoded import materialize
 from ._options import whole
-from ._partition import combine, partition
 from ._paths import flatten
-from ._progress import bar
 from ._recipe import Rule, check_recipe, decide, recipe_to_json
 from ._resume import Checkpoints, digest
 from ._table import Table
+from ._training import Replay, Run
 from .prune._gradual import cubic_schedule, find_magnitude, gradual
 
 
@@ -162,9 +159,9 @@ def deep_compression(
             f"deep_compression: {steps.prune} steps of pruning, but no rule of the recipe prunes; "
             "use chain(prune.Magnitude(sparsity=...), ...), or Steps(prune=0)"
         )
-    run = _Run(
+    run = Run(
         loss_fn=loss_fn,
-        batches=batches if callable(batches) else _Replay(batches),
+        batches=batches if callable(batches) else Replay(batches),
         optimizer=optimizer,
         stateful=stateful,
         save_every=save_every,
@@ -180,7 +177,7 @@ def deep_compression(
             },
         ),
         evaluate=evaluate,
-        parameters=sum(p.value.size for p in leaves if not _not_counted(p.value)),
+        parameters=sum(p.value.size for p in leaves if _is_floating(p.value)),
         recipe=recipe,
     )
     # What a file of the pruned parameters takes: the recipe without its other encoders.
@@ -205,117 +202,6 @@ def deep_compression(
     return Compressed(dense, small, table, None if path is None else os.fspath(path))
 
 
-class _Replay:
-    """An iterable as a function of the step, iterated again whenever it ends."""
-
-    def __init__(self, batches: Iterable[Any]):
-        self.batches = batches
-        self.iterator = iter(())
-        self.next = 0
-        self.batch: Any = None
-
-    def __call__(self, step: int) -> Any:
-        if step < self.next - 1:
-            self.iterator, self.next = iter(()), 0
-        while self.next <= step:
-            try:
-                self.batch = next(self.iterator)
-            except StopIteration:
-                self.iterator = iter(self.batches)
-                self.batch = next(self.iterator, None)
-                if self.batch is None:
-                    raise ValueError(
-                        f"deep_compression: batches ended at step {self.next} and cannot be "
-                        "iterated again; pass a list, a data loader, or a function of the step"
-                    ) from None
-            self.next += 1
-        return self.batch
-
-
-@dataclasses.dataclass
-class _Run:
-    loss_fn: Callable[..., Any]
-    batches: Callable[[int], Any]
-    optimizer: Callable[[str, int], optax.GradientTransformation]
-    stateful: bool
-    save_every: int
-    progress: bool
-    checkpoints: Checkpoints
-    evaluate: Callable[[Any], float] | None
-    parameters: int
-    recipe: list[Rule]
-    rows: list[tuple] = dataclasses.field(default_factory=list)
-
-    def stage(
-        self, name: str, tree: Any, steps: int, *, offset: int, tail: Any = None, counted: Any = ()
-    ) -> Any:
-        """Trains ``tree`` for some steps, or goes on where a checkpoint left it."""
-        if not steps:
-            return tree
-        tx = self.optimizer(name, steps)
-        tx = optax.with_extra_args_support(tx if tail is None else optax.chain(tx, tail))
-        trainable, rest = partition(tree)
-        # A copy, since the steps donate their state and the tree belongs to the caller.
-        state = jax.tree.map(jnp.copy, _State(trainable, rest, tx.init(trainable), jnp.int32(0)))
-        state = self.checkpoints.restore(name, state)
-        step_fn = jax.jit(
-            functools.partial(_step, self.loss_fn, tx, self.stateful), donate_argnums=0
-        )
-        start = int(state.step)
-        try:
-            with bar(name, steps, done=start, show=self.progress) as advance:
-                for i in range(start, steps):
-                    state, loss = step_fn(state, self.batches(offset + i))
-                    advance(f"loss {float(loss):.4f}" if (i + 1) % 50 == 0 else "")
-                    if (i + 1) % self.save_every == 0 or i + 1 == steps:
-                        self.checkpoints.save(name, state)
-        except KeyboardInterrupt:
-            # Interrupted inside a step the state may be donated already; then the last
-            # regular checkpoint stands.
-            if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-                self.checkpoints.save(name, state)
-            raise
-        tree = combine(state.trainable, state.rest)
-        self.record(name, steps, compress(tree, counted))
-        return tree
-
-    def record(self, name: str, steps: int, tree: Any, *, file_bytes: int | None = None) -> None:
-        """Adds a row to the table of stages."""
-        dense = materialize(tree)
-        error = None if self.evaluate is None else float(self.evaluate(dense))
-        size = file_bytes or artifact.size(tree, recipe=self.recipe)
-        self.rows.append((name, steps, size, 4 * self.parameters / size, error))
-
-
-def _not_counted(x: Any) -> bool:
+def _is_floating(x: Any) -> bool:
     # As in a file: counters and random keys are stored, but are no parameters.
-    return not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-class _State(NamedTuple):
-    trainable: Any
-    rest: Any
-    opt: Any
-    step: jax.Array
-
-
-def _step(loss_fn: Any, tx: Any, stateful: bool, state: _State, batch: Any) -> Any:
-    trainable, rest, opt, step = state
-
-    def loss(t: Any) -> Any:
-        out = loss_fn(materialize(combine(t, rest)), batch)
-        return out if stateful else (out, None)
-
-    (value, new), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-    updates, opt = tx.update(grads, opt, trainable)
-    trainable = optax.apply_updates(trainable, updates)
-    if stateful:
-        rest = _take_state(combine(trainable, rest), new)
-    return _State(trainable, rest, opt, step + 1), value
-
-
-def _take_state(tree: Any, new: Any) -> Any:
-    """Returns the untrained half of ``tree`` with what is no parameter taken from ``new``."""
-    leaves, unflatten = flatten(tree)
-    fresh = {p.path: p.value for p in flatten(new)[0] if p.reason}
-    return partition(unflatten([fresh.get(p.path, p.value) for p in leaves]))[1]
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

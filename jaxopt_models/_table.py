@@ -104,6 +104,9 @@ class Table:
 
         Returns:
           The matplotlib axes.
+
+        Raises:
+          ValueError: if there is no such column.
         """
         import matplotlib.pyplot as plt
 

@@ -171,6 +171,22 @@ def load_recipe(
     Args:
       path: the file.
       encoders: your own encoder classes that the recipe may name.
+
+    Returns:
+      The rules that were given to :func:`save`.
+
+    Raises:
+      ArtifactError: if the file is damaged, or its recipe names an unknown encoder.
+
+    Example:
+      >>> import numpy as np, jaxopt_models as jom
+      >>> recipe = [jom.Rule("w", jom.quant.Int(bits=8))]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = f"{folder}/w.jom"
+      ...     small = jom.compress({"w": np.eye(8, dtype=np.float32)}, recipe)
+      ...     _ = jom.save(path, small, recipe=recipe)
+      ...     load_recipe(path) == recipe
+      True
     """
     with Reader(path) as reader:
         _, text, _, _ = check_meta(reader.meta)
@@ -189,6 +205,14 @@ def size(tree: Any, *, recipe: Sequence[Rule] | None = None) -> int:
 
     Returns:
       The size of the file, all of it.
+
+    Raises:
+      ValueError: as for :func:`save`.
+
+    Example:
+      >>> import numpy as np
+      >>> size({"w": np.zeros((100, 100), np.float32)}) < 500
+      True
     """
     with tempfile.TemporaryDirectory() as folder:
         return save(os.path.join(folder, "size.jom"), tree, recipe=recipe)

@@ -48,6 +48,9 @@ def cubic_schedule(
     Returns:
       A function of the step.
 
+    Raises:
+      ValueError: for sparsities outside [0, 1] or falling, or steps that do not rise.
+
     Example:
       >>> schedule = cubic_schedule(0.8, begin=0, end=100)
       >>> [round(float(schedule(t)), 3) for t in (0, 50, 100, 200)]
