@@ -1,9 +1,10 @@
 """Deep Compression on full MNIST and Fashion-MNIST, beside the figures of the paper.
 
 Needs the full sets (``python -c "import jaxopt_models as jom; jom.data.mnist()"`` says how to
-get them). Densities, widths and epochs were chosen on the last 10,000 training images; here
-the networks train on all 60,000 and each test image is looked at once, at the end. The
-baseline has the same recipe and takes as many steps as the whole pipeline.
+get them). Densities, widths, epochs, weight decay and smoothing were chosen on the last 10,000
+training images, by the error of the compressed network; here the networks train on all 60,000
+and the test images are looked at once, at the end. The baseline minimizes the same loss with
+the same optimizer, for as many steps as the whole pipeline takes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import optax
 
 import jaxopt_models as jom
 from jaxopt_models import data, models
-from jaxopt_models._demo import recipe
+from jaxopt_models._demo import objective, recipe, test_error
 
 from ._rows import Row, mean_row
 
@@ -59,6 +60,8 @@ class Setting:
     epochs: tuple[int, int, int]
     batch: int
     rates: tuple[float, float, float] = (1e-3, 1e-3, 3e-4)
+    decay: float = 0.0
+    smoothing: float = 0.0
     shift: int = 0
     baseline: bool = True
 
@@ -92,19 +95,8 @@ def one_seed(setting: Setting, seed: int, folder: str) -> dict[str, Any]:
     batches = shifted(order, most=setting.shift, seed=seed)
     rates = dict(zip(("train", "prune", "tune"), setting.rates, strict=True))
 
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        logits = model.apply({"params": params}, batch[0])
-        labels = jnp.asarray(batch[1], jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    @jax.jit
-    def wrong(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.argmax(model.apply({"params": params}, x), axis=-1) != y)
-
-    def error(params: Any) -> float:
-        x, y = images.test_images, images.test_labels.astype(np.int32)
-        parts = [wrong(params, x[i : i + 1000], y[i : i + 1000]) for i in range(0, len(x), 1000)]
-        return 100 * float(sum(parts)) / len(x)
+    loss_fn = objective(model, decay=setting.decay, smoothing=setting.smoothing)
+    error = test_error(model, images)
 
     def optimizer(stage: str, steps: int) -> optax.GradientTransformation:
         return optax.adam(optax.cosine_decay_schedule(rates[stage], steps))
@@ -130,12 +122,12 @@ def one_seed(setting: Setting, seed: int, folder: str) -> dict[str, Any]:
     found = {
         "path": path,
         "ratio": jom.artifact.inspect(path).data["ratio"],
-        "error": error(jom.materialize(jom.load(path))),
+        "error": 100 * error(jom.materialize(jom.load(path))),
         "seconds": seconds,
     }
     if setting.baseline:
         dense = train([], jom.Steps(train=sum(setting.epochs) * per_epoch), None)
-        found["baseline"] = error(dense.params)
+        found["baseline"] = 100 * error(dense.params)
         found["rise"] = found["error"] - found["baseline"]
     return found
 
@@ -157,10 +149,11 @@ SETTINGS = {
     "mnist": Setting(
         data.mnist,
         models.LeNet300,
-        {"ip1": (0.0575, 4), "ip2": (0.085, 4), "ip3": (0.3, 4)},
+        {"ip1": (0.0645, 4), "ip2": (0.09, 4), "ip3": (0.3, 4)},
         (15, 25, 5),
         200,
         rates=(1e-3, 1e-3, 1e-3),
+        decay=1e-4,
     ),
     "mnist shifted": Setting(
         data.mnist,
@@ -183,10 +176,12 @@ SETTINGS = {
     "fashion": Setting(
         data.fashion_mnist,
         models.LeNet300,
-        {"ip1": (0.077, 4), "ip2": (0.105, 4), "ip3": (0.33, 4)},
-        (3, 39, 8),
-        100,
-        rates=(1e-3, 1e-3, 7e-4),
+        {"ip1": (0.079, 4), "ip2": (0.108, 4), "ip3": (0.33, 4)},
+        (5, 60, 15),
+        200,
+        rates=(1e-3, 1e-3, 1e-3),
+        decay=1e-4,
+        smoothing=0.1,
     ),
 }
 
