@@ -49,13 +49,18 @@ def mean_row(claim: str, values: Sequence[float], bar: str = "") -> Row:
     return Row(claim, statistics.fmean(values), bar, tuple(values))
 
 
+def _shown(value: float) -> str:
+    # A mean of differences that cancel is 0, not -6e-16.
+    return f"{round(value, 9) + 0:.4g}"
+
+
 def table(name: str, rows: Sequence[Row]) -> Table:
     """Returns rows as a table, with the spread of the seeds."""
     cells = []
     for r in rows:
         spread = f"{min(r.seeds):.4g} to {max(r.seeds):.4g}" if len(r.seeds) > 1 else ""
         holds = "" if r.holds is None else "yes" if r.holds else "NO"
-        cells.append((r.claim, float(r.value), r.bar, holds, spread))
+        cells.append((r.claim, float(_shown(r.value)), r.bar, holds, spread))
     return Table(("claim", "value", "bar", "holds", "seeds"), cells, title=name)
 
 
@@ -91,7 +96,7 @@ def markdown(files: Sequence[str]) -> str:
             spread = f" ({min(seeds):.4g} to {max(seeds):.4g})" if len(seeds) > 1 else ""
             holds = "yes" if row["holds"] else "**no**"
             lines.append(
-                f"| {row['claim']} | {row['value']:.4g}{spread} | {row['bar']} | {holds} "
+                f"| {row['claim']} | {_shown(row['value'])}{spread} | {row['bar']} | {holds} "
                 f"| `python -m benchmarks {data['benchmark']}` |"
             )
     return "\n".join(lines)

@@ -27,7 +27,7 @@ import optax
 
 import jaxopt_models as jom
 from jaxopt_models import data, models
-from jaxopt_models._demo import objective, recipe, test_error
+from jaxopt_models._demo import error_of, objective, recipe
 
 from ._rows import Row, mean_row
 
@@ -96,7 +96,7 @@ def one_seed(setting: Setting, seed: int, folder: str) -> dict[str, Any]:
     rates = dict(zip(("train", "prune", "tune"), setting.rates, strict=True))
 
     loss_fn = objective(model, decay=setting.decay, smoothing=setting.smoothing)
-    error = test_error(model, images)
+    error = error_of(model, images)
 
     def optimizer(stage: str, steps: int) -> optax.GradientTransformation:
         return optax.adam(optax.cosine_decay_schedule(rates[stage], steps))

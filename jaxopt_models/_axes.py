@@ -40,12 +40,13 @@ class Axes:
     stack: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.out, list):
-            object.__setattr__(self, "out", tuple(self.out))
-        axes = () if self.out is None else self.out
-        if not isinstance(axes, tuple) or not all(isinstance(a, int) for a in axes):
-            raise TypeError(f"Axes: out={self.out!r} is no tuple of axes; write out=(0,)")
-        if whole(self.stack, "Axes: stack") < 0:
+        if self.out is not None:
+            if not isinstance(self.out, (tuple, list)):
+                raise TypeError(f"Axes: out={self.out!r} is no tuple of axes; write out=(0,)")
+            out = tuple(whole(a, "Axes: an axis of out") for a in self.out)
+            object.__setattr__(self, "out", out)
+        object.__setattr__(self, "stack", whole(self.stack, "Axes: stack"))
+        if self.stack < 0:
             raise ValueError(f"Axes: stack={self.stack} is a number of leading axes, not an axis")
 
     @classmethod

@@ -87,7 +87,7 @@ def objective(
     .. math:: -\sum_c q_c \log p_c + \frac{d}{2} \sum_k \lVert W_k \rVert^2
 
     Args:
-      model: gives the logits of ten classes.
+      model: gives the logits of ten classes; each of its layers has a ``kernel``.
       decay: `d`, weight of the squared kernels. With Adam it takes weights that no image
         reaches to zero, so that none of them is kept.
       smoothing: share of the target `q` that is spread over all classes.
@@ -103,7 +103,7 @@ def objective(
     return loss_fn
 
 
-def test_error(model: Any, images: data.Images) -> Callable[[Any], float]:
+def error_of(model: Any, images: data.Images) -> Callable[[Any], float]:
     """Returns the share of wrong test images as a function of the parameters."""
 
     @jax.jit
@@ -147,7 +147,7 @@ def run_demo(
     if path is None:
         path = os.path.join(tempfile.mkdtemp(prefix="jaxopt_models_"), "lenet300.jom")
 
-    error = test_error(model, images)
+    error = error_of(model, images)
     out = deep_compression(
         params,
         objective(model),

@@ -29,7 +29,9 @@ class Encoded:
     #: Fields that :func:`partition` hands to an optimizer.
     trainable: ClassVar[tuple[str, ...]] = ()
     #: Fields that a file entropy-codes: ``"mask"``, booleans packed by :func:`pack_bits`, or
-    #: ``"codes"``, integers of ``bits`` bits packed by :func:`pack_codes`, ``signed`` or not.
+    #: ``"codes"``, integers of the shape of the core packed by :func:`pack_codes`. Codes need
+    #: the static field ``bits``, 1 to 8, and an attribute or property ``signed``, which may
+    #: hang on which parts are ``None`` but on no values.
     #: Other integer arrays of at most 8 bits are coded as they are.
     coded: ClassVar[dict[str, str]] = {}
 
@@ -165,6 +167,13 @@ def leaf(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(cls)
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if not f.metadata.get("static")]
+    has = {*dir(cls), *meta, *data}
+    missing = [name for name in ("bits", "signed") if name not in has]
+    if "codes" in cls.coded.values() and missing:
+        raise TypeError(
+            f"leaf: {cls.__name__} has coded fields but no {' and no '.join(missing)}; a file "
+            "needs both to read them"
+        )
     cls.part_names, cls.static_names = tuple(data), tuple(meta)
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
 
@@ -240,7 +249,7 @@ class Masked(Encoded):
         return jnp.where(self.keep(), values, jnp.zeros((), values.dtype))
 
     def _drops_values(self) -> bool:
-        return bool(jnp.any(jnp.abs(jnp.where(self.keep(), 0, self.values)) > 0))
+        return bool(jnp.any(jnp.where(self.keep(), 0, self.values) != 0))
 
     def check(self) -> list[str]:
         """Checks the shape of the parts, the padding of the mask and what it drops."""

@@ -7,19 +7,54 @@ import re
 from typing import Any
 
 
-def whole(value: Any, name: str) -> int:
-    """Returns a whole number as `int`, NumPy's included; raises a `TypeError` naming it."""
+def whole(value: Any, name: str, *, least: int | None = None) -> int:
+    """Returns a whole number as `int`, NumPy's included.
+
+    Raises:
+      TypeError: naming the option, if it is no whole number.
+      ValueError: naming it, if it is below ``least``.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)
+        found = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r} is no whole number") from None
+        raise TypeError(f"{name}={value!r} is no whole number; write an int") from None
+    if least is not None and found < least:
+        raise ValueError(f"{name}={found} must be at least {least}")
+    return found
+
+
+def portion(value: Any, name: str, *, closed: bool = False) -> float:
+    """Returns a number in [0, 1), or [0, 1] if ``closed``, as `float`, NumPy's included.
+
+    Raises:
+      TypeError: naming the option, if it is no number.
+      ValueError: naming it, if it is out of range.
+    """
+    interval = "[0, 1]" if closed else "[0, 1)"
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        found = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} is no number; write one in {interval}") from None
+    if not (0 <= found < 1 or (closed and found == 1)):
+        raise ValueError(f"{name}={found!r} is not in {interval}")
+    return found
 
 
 def pattern(text: Any, name: str) -> re.Pattern[str]:
-    """Compiles a regular expression; raises a `ValueError` naming it."""
+    """Compiles a regular expression on paths.
+
+    Raises:
+      TypeError: naming the option, if it is no `str`.
+      ValueError: naming it, if it is no regular expression.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name}={text!r} is no str; write for instance '.*/kernel'")
     try:
-        return re.compile(text)
-    except (re.error, TypeError) as e:
+        # Names of parameters may hold any character: "." is all of them, newlines too.
+        return re.compile(text, re.DOTALL)
+    except re.error as e:
         raise ValueError(f"{name}={text!r} is no regular expression: {e}") from None

@@ -13,7 +13,7 @@ import optax
 
 from . import artifact
 from ._compress import compress
-from ._options import whole
+from ._options import portion, whole
 from ._paths import flatten
 from ._recipe import Rule, check_recipe, decide, recipe_to_json
 from ._resume import Checkpoints, digest
@@ -50,7 +50,7 @@ class Steps:
       every: steps between two updates of the masks.
 
     Raises:
-      TypeError: for numbers of steps that are not whole.
+      TypeError: for numbers of steps that are not whole, or a ramp that is no number.
       ValueError: for numbers out of range.
 
     Example:
@@ -67,9 +67,11 @@ class Steps:
 
     def __post_init__(self) -> None:
         for name in ("train", "prune", "tune", "every"):
-            object.__setattr__(self, name, whole(getattr(self, name), f"Steps: {name}"))
-        if min(self.train, self.prune, self.tune) < 0 or not 0 < self.ramp <= 1 or self.every < 1:
-            raise ValueError(f"Steps: {self} needs steps >= 0, 0 < ramp <= 1, every >= 1")
+            value = whole(getattr(self, name), f"Steps: {name}", least=int(name == "every"))
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "ramp", portion(self.ramp, "Steps: ramp", closed=True))
+        if self.ramp == 0:
+            raise ValueError("Steps: ramp=0.0 prunes at once; write a share above 0")
 
 
 def adam(stage: str, steps: int) -> optax.GradientTransformation:
@@ -131,6 +133,8 @@ def deep_compression(
     Raises:
       ValueError: if the recipe does not fit, prunes nothing although there are steps for
         it, or the checkpoint is of another run.
+      TypeError: for steps that are no :class:`Steps`, or an optimizer that is no function of
+        stage and steps.
 
     Example:
       >>> import jax.numpy as jnp, jaxopt_models as jom
@@ -152,6 +156,11 @@ def deep_compression(
             "deep_compression: optimizer= is a function of stage and steps, for instance "
             f"lambda stage, steps: optax.adam(1e-3); got {type(optimizer).__name__}"
         )
+    if not isinstance(steps, Steps):
+        raise TypeError(
+            f"deep_compression: steps={steps!r:.80}; write Steps(train=..., prune=..., tune=...)"
+        )
+    save_every = whole(save_every, "deep_compression: save_every", least=1)
     leaves, _ = flatten(params)
     decisions = decide(leaves, recipe, who="deep_compression")
     if steps.prune and not any(find_magnitude(d.encoder) for d in decisions):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -86,7 +85,7 @@ def decide(leaves: Sequence[Parameter], recipe: Sequence[Rule], *, who: str) -> 
       TypeError: if the recipe is not a sequence of rules.
     """
     recipe = check_recipe(recipe, who=who)
-    patterns = [re.compile(rule.path) for rule in recipe]
+    patterns = [pattern(rule.path, f"{who}: rule {i}") for i, rule in enumerate(recipe)]
     used = [0] * len(recipe)
     taken = [0] * len(recipe)
     decisions = []
@@ -107,7 +106,8 @@ def decide(leaves: Sequence[Parameter], recipe: Sequence[Rule], *, who: str) -> 
             )
             paths = ", ".join(p.path for p in leaves if not p.reason) or "none"
             hint = ""
-            if not taken[i] and all(p.path.startswith("params/") for p in leaves):
+            inside = any(p.path.startswith("params/") for p in leaves)
+            if inside and not taken[i] and not rule.path.startswith("params/"):
                 hint = "; pass variables['params'], whose paths do not start with params/"
             raise ValueError(f"{who}: rule {i} ({rule.path!r}): {why}. Paths are: {paths}{hint}")
     return decisions

@@ -106,6 +106,8 @@ class Run:
 
 
 class State(NamedTuple):
+    """What one step hands to the next: both halves of the tree, the optimizer, the count."""
+
     trainable: Any
     rest: Any
     opt: Any

@@ -63,19 +63,23 @@ def verify(small: Any, params: Any = None, *, types: Sequence[type[Encoded]] = (
 
 
 def _half(x: Any) -> bool:
-    inner = (part for part in x.parts().values() if is_encoded(part))
-    return len(x.parts()) < len(type(x).part_names) or any(map(_half, inner))
+    """Says whether a part is missing that is always there: a trained or a coded one."""
+    parts = x.parts()
+    inner = (part for part in parts.values() if is_encoded(part))
+    return any(n not in parts for n in (*x.trainable[:1], *x.coded)) or any(map(_half, inner))
 
 
 def _leaf(x: Any) -> list[str]:
+    if _half(x):
+        return ["half of it is missing; combine the halves of partition first"]
     try:
-        wrong = x.check()
-    except (AttributeError, TypeError):
-        if not _half(x):
-            raise
-        wrong = ["half of it is missing; combine the halves of partition first"]
-    if wrong:
-        return wrong
+        return x.check() or _rebuilt(x)
+    except (TypeError, AttributeError, ValueError, IndexError) as e:
+        return [f"its parts do not fit together: {e}"]
+
+
+def _rebuilt(x: Any) -> list[str]:
+    wrong = []
     seen = jax.eval_shape(lambda leaf: leaf.materialize(), x)
     if (tuple(seen.shape), seen.dtype) != (tuple(x.shape), x.dtype):
         wrong.append(f"says {x.dtype}{list(x.shape)}, rebuilds {seen.dtype}{list(seen.shape)}")

@@ -165,10 +165,10 @@ def _compress(args: argparse.Namespace) -> int:
     recipe = _read_recipe(args.recipe)
     _check_out(args.out)
     tree = read_checkpoint(args.checkpoint)
-    planned = plan(tree, recipe)
+    key = None if args.key is None else jax.random.key(args.key)
+    planned = plan(tree, recipe, key=key)
     if not args.json:
         _print(f"{planned}\n")
-    key = None if args.key is None else jax.random.key(args.key)
     small = compress(tree, recipe, key=key, progress=not args.quiet)
     artifact.save(args.out, small, recipe=recipe, dense=args.dense)
     args.interrupted = f"interrupted; {args.out} is complete"

@@ -112,6 +112,15 @@ def test_compress_json_is_one_object(run, model):
     assert {r["coder"] for r in found["inspect"]["rows"] if r["part"] == "dense"} == {"bfloat16"}
 
 
+def test_compress_hands_its_key_to_encoders_that_draw(run, model):
+    rules = [{"path": ".*/weight", "encoder": {"codebook.KMeans": {"bits": 2, "start": "random"}}}]
+    with open(model[1], "w") as f:
+        json.dump(rules, f)
+    code, _, err = run("compress", *model)
+    assert code == 2 and "ip0/weight" in err and "--key" in err
+    assert run("compress", *model, "--key", 0)[0] == 0
+
+
 def test_float64_that_becomes_float32_is_said(run, model, tmp_path):
     save_file({"a.weight": np.ones((4, 4)), "a.rest": np.ones(3)}, tmp_path / "m.safetensors")
     code, out, _ = run("compress", *model)

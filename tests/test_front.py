@@ -65,7 +65,7 @@ def test_the_laws_hold_without_assertions():
         "try:\n"
         "    jom.testing.check_encoder(Wrong(bits=4), shapes=jom.testing.SHAPES[:1])\n"
         "except AssertionError as e:\n"
-        "    print('law' in str(e))\n"
+        "    print('law 2' in str(e))\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-O", "-c", code]

@@ -18,6 +18,32 @@ W = {"w": jnp.ones((4, 4))}
         (lambda: jom.Axes(stack=-1), ValueError, "stack=-1"),
         (lambda: jom.Axes(stack="1"), TypeError, "Axes: stack='1'"),
         (lambda: jom.Steps(prune=2.5), TypeError, "Steps: prune=2.5"),
+        (lambda: jom.Steps(ramp="a"), TypeError, "Steps: ramp='a'"),
+        (lambda: jom.Steps(every=0), ValueError, "Steps: every=0"),
+        (lambda: prune.Magnitude("0.5"), TypeError, "Magnitude: sparsity='0.5'"),
+        (lambda: prune.Magnitude(), TypeError, "Magnitude: sparsity=None"),
+        (lambda: prune.Magnitude(False), TypeError, "Magnitude: sparsity=False"),
+        (lambda: prune.Magnitude(1), ValueError, "Magnitude: sparsity=1.0"),
+        (lambda: prune.Block(2.5), TypeError, "Block: rows=2.5"),
+        (lambda: prune.NofM(1.5, 4), TypeError, "NofM: n=1.5"),
+        (
+            lambda: prune.allocate_global(W, sparsity="0.5"),
+            TypeError,
+            "allocate_global: sparsity='0.5'",
+        ),
+        (lambda: prune.cubic_schedule("0.8", begin=0, end=9), TypeError, "cubic_schedule: spars"),
+        (lambda: prune.gradual(lambda s: 0.5, every=2.5), TypeError, "gradual: every=2.5"),
+        (lambda: jom.Rule(b"w", None), TypeError, "Rule: path=b'w'"),
+        (
+            lambda: jom.deep_compression(W, None, None, recipe=[], steps=3),
+            TypeError,
+            "deep_compression: steps=3",
+        ),
+        (
+            lambda: jom.deep_compression(W, None, None, recipe=[], steps=jom.Steps(), save_every=0),
+            ValueError,
+            "deep_compression: save_every=0",
+        ),
         (
             lambda: prune.Magnitude(0.5, structure=prune.Block(2), across_stack=True),
             ValueError,
@@ -51,7 +77,11 @@ def test_said_by_name(make, kind, why):
 
 
 def test_numpy_numbers_are_numbers():
-    assert prune.Magnitude(sparsity=np.float64(0.5)) == prune.Magnitude(sparsity=0.5)
+    for half in (np.float32(0.5), jnp.float32(0.5), np.float64(0.5)):
+        rule = jom.Rule("w", prune.Magnitude(sparsity=half), jom.Axes(out=(np.int64(0),)))
+        want = jom.Rule("w", prune.Magnitude(sparsity=0.5), jom.Axes(out=(0,)))
+        assert jom.recipe_to_json([rule]) == jom.recipe_to_json([want])
+    assert prune.NofM(np.int64(2), np.int64(4)) == prune.NofM(2, 4)
     assert quant.Int(bits=np.int32(4), group=np.int64(2)) == quant.Int(bits=4, group=2)
 
 

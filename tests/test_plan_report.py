@@ -132,12 +132,14 @@ def nan(x):
 
 
 W = PARAMS["b"].astype(jnp.float32)
+ROUGH = quant.Int(bits=4, symmetric=False)
 CORRUPT = [
     (HALF, lambda x: {"mask": x.mask.at[3, -1].set(0xFF)}, "bits set beyond"),
     (HALF, lambda x: {"mask": x.mask[:, :1]}, "mask is uint8"),
     (HALF, lambda x: {"mask": x.mask.astype(jnp.int32)}, "mask is int32"),
     (HALF, lambda x: {"values": x.values[:5]}, "values have shape"),
-    (HALF, lambda x: {"values": x.values * jnp.nan}, "NaN or Inf"),
+    (HALF, lambda x: {"values": x.values * jnp.nan}, "not zero where the mask drops"),
+    (HALF, lambda x: {"values": jnp.where(x.keep(), jnp.nan, 0)}, "NaN or Inf"),
     (HALF, lambda x: {"core": (13, 12)}, "values have shape"),
     (quant.Int(bits=4), lambda x: {"scale": nan(x.scale)}, "scale holds NaN"),
     (quant.Int(bits=4), lambda x: {"scale": x.scale.at[0].set(jnp.inf)}, "scale holds NaN or Inf"),
@@ -147,7 +149,12 @@ CORRUPT = [
     (quant.Int(bits=3), lambda x: {"codes": x.codes[:, :2]}, "codes"),
     (quant.Int(bits=3), lambda x: {"codes": x.codes[..., :1]}, "codes"),
     (quant.Int(bits=4), lambda x: {"codes": x.codes.astype(jnp.int32)}, "codes"),
-    (quant.Int(bits=4, symmetric=False), lambda x: {"zero_point": x.zero_point[:3]}, "zero points"),
+    (ROUGH, lambda x: {"zero_point": x.zero_point[:3]}, "zero points"),
+    (ROUGH, lambda x: {"zero_point": x.zero_point.astype(jnp.int32)}, "zero points are not uint8"),
+    (ROUGH, lambda x: {"zero_point": x.zero_point + 16}, "zero point is beyond 4 bits"),
+    (ROUGH, lambda x: {"scale": x.scale[:, :0], "zero_point": x.zero_point[:, :0]}, "0 groups"),
+    (ROUGH, lambda x: {"scale": x.scale[0, 0]}, ""),
+    (quant.Int(bits=4), lambda x: {"codes": [1]}, "parts do not fit together"),
     (codebook.KMeans(bits=2), lambda x: {"codebook": x.codebook[:3]}, "beyond the 3 centroids"),
     (codebook.KMeans(bits=2), lambda x: {"codebook": nan(x.codebook)}, "codebook holds NaN"),
     (codebook.KMeans(bits=2), lambda x: {"codes": x.codes[0]}, r"codes are int\d\[11\]"),

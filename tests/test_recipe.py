@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -94,7 +95,7 @@ def test_only_classes_of_the_library_are_built(name):
         ('[{"path": "a", "encoder": {"quant.Int": {"bits": 4, "x": 1}}}]', "rule 0: .*'x'"),
         ('[{"path": "a", "encoder": {}}]', "rule 0: expected one class"),
         ('[{"path": "(", "encoder": null}]', "rule 0: .*no regular expression"),
-        ('[{"path": 3, "encoder": null}]', "rule 0: .*no regular expression"),
+        ('[{"path": 3, "encoder": null}]', "rule 0: .*path=3 is no str"),
         ('[{"path": "a", "encoder": "quant.Int"}]', "rule 0: .*encoder"),
         ('[{"path": "a", "encoder": []}]', "rule 0: .*encoder"),
         ('[{"path": "a", "encoder": {"Axes": {}}}]', "rule 0: .*encoder"),
@@ -136,8 +137,11 @@ def test_a_shadowed_rule_raises():
 
 
 def test_a_malformed_expression_raises():
-    for path in ("(", "*", None, 3):
+    for path in ("(", "*"):
         with pytest.raises(ValueError, match="is no regular expression"):
+            Rule(path, None)
+    for path in (None, 3, re.compile("w")):
+        with pytest.raises(TypeError, match=r"Rule: path=.* is no str"):
             Rule(path, None)
 
 

@@ -146,9 +146,11 @@ def load(
 
 
 def _wanted(paths: Sequence[str], only: str | None) -> set[str]:
-    selected = pattern(".*" if only is None else only, "load: only")
+    if only is None:
+        return set(paths)
+    selected = pattern(only, "load: only")
     wanted = {p for p in paths if selected.fullmatch(p)}
-    if only is not None and not wanted:
+    if not wanted:
         raise ValueError(f"load: only={only!r} matches no tensor; paths are: {', '.join(paths)}")
     return wanted
 

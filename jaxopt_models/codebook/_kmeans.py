@@ -38,6 +38,7 @@ class KMeans(Encoder):
       iterations: most iterations of Lloyd's algorithm.
 
     Raises:
+      TypeError: for options that are no whole numbers.
       ValueError: for options outside these, or ``start="random"`` called without ``key``.
 
     Example:
@@ -75,7 +76,10 @@ class KMeans(Encoder):
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Clustered:
         """Encodes ``w``; one codebook of a tensor at hand on a CPU is sorted by NumPy."""
         if self.start == "random" and key is None:
-            raise ValueError("KMeans: start='random' draws weights; give key=jax.random.key(0)")
+            raise ValueError(
+                "KMeans: start='random' draws weights; give key=jax.random.key(0), or --key 0 on "
+                "the command line"
+            )
         at_hand = is_concrete(w) and not isinstance(keep, jax.core.Tracer)
         if self.per == "channel" or axes.stack or not at_hand or not _on_one_cpu(w):
             return super().run(w, axes, keep, stats, key)

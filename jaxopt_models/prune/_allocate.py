@@ -12,7 +12,7 @@ from .._bits import wide_dtype
 from .._compress import named
 from .._encoded import is_encoded
 from .._encoder import check_tensor
-from .._options import pattern
+from .._options import pattern, portion
 from .._paths import flatten
 from .._recipe import Rule
 from ._magnitude import Magnitude
@@ -46,7 +46,7 @@ def allocate_global(
       >>> jom.prune.allocate_global(params, sparsity=0.5)
       [Rule('a', Magnitude(sparsity=0.5)), Rule('b', Magnitude(sparsity=0.5))]
     """
-    Magnitude(sparsity=sparsity)  # checks the range
+    sparsity = portion(sparsity, "allocate_global: sparsity")
     selected = pattern(only, "allocate_global: only")
     leaves, _ = flatten(params)
     least = 1 if axes is None else 1 + axes.stack

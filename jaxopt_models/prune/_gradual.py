@@ -12,7 +12,7 @@ import optax
 from .._axes import Axes
 from .._encoded import is_encoded
 from .._encoder import Chain, Encoder
-from .._options import pattern
+from .._options import pattern, portion, whole
 from .._partition import check_trainable
 from .._paths import Parameter, flatten
 from .._recipe import Rule, decide
@@ -49,6 +49,7 @@ def cubic_schedule(
       A function of the step.
 
     Raises:
+      TypeError: for sparsities that are no numbers, or steps that are not whole.
       ValueError: for sparsities outside [0, 1] or falling, or steps that do not rise.
 
     Example:
@@ -59,9 +60,12 @@ def cubic_schedule(
     References:
       Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017
     """
-    if not 0 <= initial <= sparsity <= 1 or not 0 <= begin < end:
+    sparsity = portion(sparsity, "cubic_schedule: sparsity", closed=True)
+    initial = portion(initial, "cubic_schedule: initial", closed=True)
+    begin, end = whole(begin, "cubic_schedule: begin"), whole(end, "cubic_schedule: end")
+    if initial > sparsity or not 0 <= begin < end:
         raise ValueError(
-            f"cubic_schedule: need 0 <= initial <= sparsity <= 1 and 0 <= begin < end, got "
+            f"cubic_schedule: need initial <= sparsity and 0 <= begin < end, got "
             f"initial={initial}, sparsity={sparsity}, begin={begin}, end={end}"
         )
 
@@ -123,8 +127,7 @@ def gradual(
         raise ValueError(
             "gradual: recipe= says what is pruned and how much; leave out only=, scope="
         )
-    if every < 1:
-        raise ValueError(f"gradual: every={every} is not a positive number of steps")
+    every = whole(every, "gradual: every", least=1)
 
     def init(params: Any) -> GradualState:
         check_trainable(params, who="gradual")

@@ -13,6 +13,7 @@ from .._axes import Axes, Matrix, divisors
 from .._bits import wide_dtype
 from .._encoded import Masked
 from .._encoder import Encoder
+from .._options import portion, whole
 from ._select import keep_largest
 
 
@@ -25,6 +26,7 @@ class Block:
       columns: consecutive outputs in a block.
 
     Raises:
+      TypeError: for lengths that are not whole.
       ValueError: for lengths that are not positive.
 
     Example:
@@ -42,8 +44,9 @@ class Block:
     columns: int = 1
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.columns < 1:
-            raise ValueError(f"Block: {self.rows} x {self.columns} is no block")
+        for name in ("rows", "columns"):
+            value = whole(getattr(self, name), f"Block: {name}", least=1)
+            object.__setattr__(self, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,7 @@ class NofM:
       m: length of a run.
 
     Raises:
+      TypeError: for numbers that are not whole.
       ValueError: unless ``0 < n < m``.
 
     Example:
@@ -67,6 +71,8 @@ class NofM:
     m: int
 
     def __post_init__(self) -> None:
+        for name in ("n", "m"):
+            object.__setattr__(self, name, whole(getattr(self, name), f"NofM: {name}"))
         if not 0 < self.n < self.m:
             raise ValueError(f"NofM: {self.n} of {self.m}; n lies between 0 and m")
 
@@ -88,6 +94,7 @@ class Magnitude(Encoder):
         global plan needs.
 
     Raises:
+      TypeError: for a sparsity that is no number.
       ValueError: for a sparsity outside [0, 1), or, when called, a block or run that does
         not divide the tensor.
 
@@ -123,12 +130,7 @@ class Magnitude(Encoder):
             return
         if self.structure is not None and not isinstance(self.structure, Block):
             raise ValueError(f"Magnitude: structure={self.structure!r}; use Block or NofM")
-        try:
-            object.__setattr__(self, "sparsity", float(self.sparsity))
-        except (TypeError, ValueError):
-            raise ValueError(f"Magnitude: sparsity={self.sparsity!r} is not in [0, 1)") from None
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"Magnitude: sparsity={self.sparsity!r} is not in [0, 1)")
+        object.__setattr__(self, "sparsity", portion(self.sparsity, "Magnitude: sparsity"))
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Masked:
         """Encodes ``w``; see :class:`Magnitude`."""
@@ -140,14 +142,14 @@ class Magnitude(Encoder):
         """Encodes one core tensor; see :class:`Magnitude`."""
         return _masked(w, self.mask(w, axes, keep))
 
-    def mask(self, w: jax.Array, axes: Axes, keep: Any, share: Any = 1.0) -> jax.Array:
+    def mask(self, w: jax.Array, axes: Axes, keep: Any, part: Any = 1.0) -> jax.Array:
         """Marks what is kept of one core tensor.
 
         Args:
           w: the tensor.
           axes: resolved roles of its axes.
           keep: candidates (booleans), or ``None``.
-          share: how much of the sparsity is reached, in [0, 1]; may be traced. A run of n:m
+          part: how much of the sparsity is reached, in [0, 1]; may be traced. A run of n:m
             is whole or not there, so n:m ignores it.
 
         Returns:
@@ -155,23 +157,23 @@ class Magnitude(Encoder):
         """
         score = jnp.abs(w.astype(wide_dtype(w.dtype)))
         if self.structure is None:
-            [marks] = keep_largest([score], self._kept(w.size, share), keep=[keep])
+            [marks] = keep_largest([score], self._kept(w.size, part), keep=[keep])
             return marks if keep is None else marks & keep
         m = Matrix(tuple(w.shape), axes.out)
         score = m.view(score)
         kept = None if keep is None else m.view(keep)
         if isinstance(self.structure, NofM):
             return m.unview(_n_of_m(score, kept, self.structure, m))
-        return m.unview(self._blocks(score, kept, m, share))
+        return m.unview(self._blocks(score, kept, m, part))
 
-    def _kept(self, size: int, share: Any) -> Any:
+    def _kept(self, size: int, part: Any) -> Any:
         drop = int(self.sparsity * size + 0.5)
-        if isinstance(share, float) and share == 1.0:
+        if isinstance(part, float) and part == 1.0:
             return size - drop
-        part = jnp.floor(share * drop + 0.5).astype(jnp.int32)
-        return size - jnp.where(share >= 1, drop, jnp.minimum(part, drop))
+        now = jnp.floor(part * drop + 0.5).astype(jnp.int32)
+        return size - jnp.where(part >= 1, drop, jnp.minimum(now, drop))
 
-    def _blocks(self, score: jax.Array, keep: Any, m: Matrix, share: Any) -> jax.Array:
+    def _blocks(self, score: jax.Array, keep: Any, m: Matrix, part: Any) -> jax.Array:
         rows, columns = self.structure.rows, self.structure.columns
         for n, size, name in ((rows, m.rows, "inputs"), (columns, m.columns, "outputs")):
             if size % n:
@@ -182,7 +184,7 @@ class Magnitude(Encoder):
         tiles = (m.rows // rows, rows, m.columns // columns, columns)
         mean = jnp.sum(score.reshape(tiles), axis=(1, 3))
         alive = None if keep is None else jnp.any(keep.reshape(tiles), axis=(1, 3))
-        [marks] = keep_largest([mean], self._kept(mean.size, share), keep=[alive])
+        [marks] = keep_largest([mean], self._kept(mean.size, part), keep=[alive])
         spread = jnp.broadcast_to(marks[:, None, :, None], tiles).reshape(m.rows, m.columns)
         return spread if keep is None else spread & keep
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .._compress import fold
+from .._options import portion, whole
 from .._partition import check_trainable
 from .._paths import flatten
 from ._gradual import keep_step, select
@@ -66,7 +67,7 @@ def rigl(
 
     Raises:
       ValueError: for options out of range, if nothing is selected, or without ``params``.
-      TypeError: if the parameters hold codes that no optimizer can train.
+      TypeError: for options that are no numbers, or codes that no optimizer can train.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -81,10 +82,11 @@ def rigl(
       Evci et al., `Rigging the Lottery: Making All Tickets Winners
       <https://arxiv.org/abs/1911.11134>`_, 2020
     """
-    if not 0 <= sparsity < 1 or not 0 < fraction < 1 or every < 1 or until < 0:
+    sparsity = portion(sparsity, "rigl: sparsity")
+    every, until = whole(every, "rigl: every", least=1), whole(until, "rigl: until", least=0)
+    if not portion(fraction, "rigl: fraction") > 0:
         raise ValueError(
-            f"rigl: need 0 <= sparsity < 1, 0 < fraction < 1, every >= 1, until >= 0, got "
-            f"sparsity={sparsity}, fraction={fraction}, every={every}, until={until}"
+            f"rigl: fraction={fraction} regrows nothing; write a number between 0 and 1"
         )
     optimizer = optax.with_extra_args_support(optimizer)
 

@@ -40,6 +40,7 @@ class Int(Encoder):
       per: ``"channel"``, scales for each output; ``"tensor"``, one for everything.
 
     Raises:
+      TypeError: for options that are no whole numbers.
       ValueError: for a width outside 2 to 8, a group with ``per="tensor"``, or, when
         called, a group that does not divide the inputs.
 

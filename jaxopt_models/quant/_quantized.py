@@ -72,12 +72,14 @@ class Quantized(Coded):
     def check(self) -> list[str]:
         """Checks also the groups and the zero points."""
         wrong = super().check()
+        if wrong:
+            return wrong
         groups, rows = self.scale.shape[-1], Matrix(self.core, self.out).rows
         if groups == 0 or rows % groups:
             wrong.append(f"{groups} groups do not divide {rows} inputs")
         z = self.zero_point
         if z is not None and (z.shape != self.scale.shape or z.dtype != jnp.uint8):
             wrong.append("zero points are not uint8 of the shape of the scales")
-        elif z is not None and int(jnp.max(z)) >= 1 << self.bits:
+        elif z is not None and z.size and int(jnp.max(z)) >= 1 << self.bits:
             wrong.append(f"a zero point is beyond {self.bits} bits")
         return wrong

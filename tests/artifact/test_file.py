@@ -263,6 +263,14 @@ def test_every_width(tmp_path, kind, core, stack):
     assert_same(trip(tmp_path, tree), tree)
 
 
+def test_any_character_in_a_path(tmp_path):
+    tree = {"a\nb": jnp.ones(2), "c": {"": jnp.zeros(1), "(": jnp.arange(3)}}
+    assert_same(trip(tmp_path, tree), tree)
+    assert_same(jom.load(tmp_path / "tree.jom", only="a.b"), {"a\nb": tree["a\nb"]})
+    with pytest.raises(ValueError, match=r"only='\(' is no regular expression"):
+        jom.load(tmp_path / "tree.jom", only="(")
+
+
 def test_deep_nesting_of_leaves(tmp_path):
     rng = np.random.default_rng(0)
     inner = clustered(rng, (8, 9), 0.5, 3)

@@ -185,7 +185,7 @@ def test_the_schedule_of_zhu_and_gupta():
     want = [0.1, 0.1, 0.9 - 0.8 * 0.5**3, 0.9, 0.9]
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for bad in ({"sparsity": 1.1}, {"begin": 5, "end": 5}, {"initial": 0.95}):
-        with pytest.raises(ValueError, match="cubic_schedule: need"):
+        with pytest.raises(ValueError, match="cubic_schedule: "):
             prune.cubic_schedule(**{"sparsity": 0.9, "begin": 0, "end": 10, **bad})
 
 

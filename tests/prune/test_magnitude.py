@@ -173,12 +173,11 @@ def test_across_a_stack_is_global():
         (lambda: Magnitude(sparsity=1.0), "not in"),
         (lambda: Magnitude(sparsity=-0.1), "not in"),
         (lambda: Magnitude(sparsity=float("nan")), "not in"),
-        (lambda: Magnitude(), "not in"),
         (lambda: Magnitude(sparsity=0.5, structure=NofM(2, 4)), "fixes the sparsity"),
         (lambda: Magnitude(sparsity=0.5, structure=(2, 4)), "use Block or NofM"),
         (lambda: NofM(4, 4), "n lies between"),
         (lambda: NofM(0, 4), "n lies between"),
-        (lambda: Block(0, 1), "no block"),
+        (lambda: Block(0, 1), "Block: rows=0 must be at least 1"),
         (lambda: Magnitude(structure=NofM(2, 4))(jnp.ones((6, 4))), r"runs that do: \[2, 3, 6\]"),
         (
             lambda: Magnitude(sparsity=0.5, structure=Block(4))(jnp.ones((6, 4))),

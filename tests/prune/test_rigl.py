@@ -141,16 +141,16 @@ def test_masks_stay_after_the_last_update():
 
 
 def test_wrong_use_raises():
-    for bad in (
-        {"sparsity": 1.0},
-        {"sparsity": -0.1},
-        {"fraction": 0.0},
-        {"fraction": 1.0},
-        {"every": 0},
-        {"until": -1},
+    for name, value in (
+        ("sparsity", 1.0),
+        ("sparsity", -0.1),
+        ("fraction", 0.0),
+        ("fraction", 1.0),
+        ("every", 0),
+        ("until", -1),
     ):
-        with pytest.raises(ValueError, match="rigl: need 0 <= sparsity"):
-            rigl(optax.sgd(0.1), **bad)
+        with pytest.raises(ValueError, match=f"rigl: {name}={value}"):
+            rigl(optax.sgd(0.1), **{name: value})
     tx = rigl(optax.adam(0.1))
     with pytest.raises(ValueError, match="update needs params"):
         tx.update(PARAMS, tx.init(PARAMS))
