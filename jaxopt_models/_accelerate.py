@@ -43,9 +43,8 @@ def accelerate(fn: Callable[..., Any]) -> Callable[..., Any]:
         values, treedef = jax.tree.flatten((args, kwargs))
         numeric = [i for i, v in enumerate(values) if _is_numeric(v)]
         given = [i for i, p in enumerate(leaves) if _is_numeric(p.value) or is_encoded(p.value)]
-        structure: list[Any] = []
 
-        def flat(weights: list[Any], inputs: list[Any]) -> list[Any]:
+        def of_arrays(weights: list[Any], inputs: list[Any]) -> Any:
             tree = [p.value for p in leaves]
             for i, w in zip(given, weights, strict=True):
                 tree[i] = w
@@ -53,17 +52,16 @@ def accelerate(fn: Callable[..., Any]) -> Callable[..., Any]:
             for i, v in zip(numeric, inputs, strict=True):
                 rest[i] = v
             args, kwargs = jax.tree.unflatten(treedef, rest)
-            out, out_tree = jax.tree.flatten(fn(unflatten(tree), *args, **kwargs))
-            structure[:] = [out_tree]
-            return out
+            return fn(unflatten(tree), *args, **kwargs)
 
         weights = [leaves[i].value for i in given]
         inputs = [values[i] for i in numeric]
-        closed = jax.make_jaxpr(flat)([_template(w) for w in weights], inputs)
+        templates = [_template(w) for w in weights]
+        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(templates, inputs)
         tracked = [track(leaves[i].path, leaves[i].value) for i in given]
         out = Walk().run(closed.jaxpr, closed.consts, [*tracked, *inputs])
         out = [x.leaf if is_tracked(x) and not x.moves else dense(x) for x in out]
-        return jax.tree.unflatten(structure[0], out)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
     return accelerated
 

@@ -11,18 +11,22 @@ from functional_models import Nnx, X, assert_trees_equal, copied, linen_case
 from jaxopt_models._functional import functional
 
 
+def jitted_if(jit, fn):
+    return jax.jit(fn, static_argnames="train") if jit else fn
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_linen_batch_statistics(jit):
     model, apply, variables = linen_case()
     before = copied(variables)
     fn, params = functional(model)
     np.testing.assert_array_equal(fn(params, X), apply(X))
-    wrapped = jax.jit(fn, static_argnames="train") if jit else fn
+    wrapped = jitted_if(jit, fn)
     with pytest.raises(ValueError, match=r"Linen: the call changed state.*mutable=True"):
         wrapped(params, X, train=True)
 
     fn, params = functional(model, mutable=True)
-    wrapped = jax.jit(fn, static_argnames="train") if jit else fn
+    wrapped = jitted_if(jit, fn)
     out, new = wrapped(params, X, train=True)
     want, state = apply(X, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(out, want, atol=1e-6)
@@ -44,12 +48,12 @@ def test_nnx_batch_statistics(jit):
     fn, params = functional(model)
     held = copied(params)
     np.testing.assert_array_equal(fn(params, X), model(X))
-    wrapped = jax.jit(fn, static_argnames="train") if jit else fn
+    wrapped = jitted_if(jit, fn)
     with pytest.raises(ValueError, match=r"Nnx: the call changed state.*norm/mean.*mutable=True"):
         wrapped(params, X, train=True)
 
     fn, params = functional(model, mutable=True)
-    wrapped = jax.jit(fn, static_argnames="train") if jit else fn
+    wrapped = jitted_if(jit, fn)
     out, new = wrapped(params, X, train=True)
     assert jax.tree.structure(new) == jax.tree.structure(params)
     assert_trees_equal(copied(nnx.state(model)), before)

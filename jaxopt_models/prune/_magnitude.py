@@ -142,14 +142,14 @@ class Magnitude(Encoder):
         """Encodes one core tensor; see :class:`Magnitude`."""
         return _masked(w, self.mask(w, axes, keep))
 
-    def mask(self, w: jax.Array, axes: Axes, keep: Any, part: Any = 1.0) -> jax.Array:
+    def mask(self, w: jax.Array, axes: Axes, keep: Any, share: Any = 1.0) -> jax.Array:
         """Marks what is kept of one core tensor.
 
         Args:
           w: the tensor.
           axes: resolved roles of its axes.
           keep: candidates (booleans), or ``None``.
-          part: how much of the sparsity is reached, in [0, 1]; may be traced. A run of n:m
+          share: how much of the sparsity is reached, in [0, 1]; may be traced. A run of n:m
             is whole or not there, so n:m ignores it.
 
         Returns:
@@ -157,23 +157,23 @@ class Magnitude(Encoder):
         """
         score = jnp.abs(w.astype(wide_dtype(w.dtype)))
         if self.structure is None:
-            [marks] = keep_largest([score], self._kept(w.size, part), keep=[keep])
+            [marks] = keep_largest([score], self._kept(w.size, share), keep=[keep])
             return marks if keep is None else marks & keep
         m = Matrix(tuple(w.shape), axes.out)
         score = m.view(score)
         kept = None if keep is None else m.view(keep)
         if isinstance(self.structure, NofM):
             return m.unview(_n_of_m(score, kept, self.structure, m))
-        return m.unview(self._blocks(score, kept, m, part))
+        return m.unview(self._blocks(score, kept, m, share))
 
-    def _kept(self, size: int, part: Any) -> Any:
+    def _kept(self, size: int, share: Any) -> Any:
         drop = int(self.sparsity * size + 0.5)
-        if isinstance(part, float) and part == 1.0:
+        if isinstance(share, float) and share == 1.0:
             return size - drop
-        now = jnp.floor(part * drop + 0.5).astype(jnp.int32)
-        return size - jnp.where(part >= 1, drop, jnp.minimum(now, drop))
+        part = jnp.floor(share * drop + 0.5).astype(jnp.int32)
+        return size - jnp.where(share >= 1, drop, jnp.minimum(part, drop))
 
-    def _blocks(self, score: jax.Array, keep: Any, m: Matrix, part: Any) -> jax.Array:
+    def _blocks(self, score: jax.Array, keep: Any, m: Matrix, share: Any) -> jax.Array:
         rows, columns = self.structure.rows, self.structure.columns
         for n, size, name in ((rows, m.rows, "inputs"), (columns, m.columns, "outputs")):
             if size % n:
@@ -184,7 +184,7 @@ class Magnitude(Encoder):
         tiles = (m.rows // rows, rows, m.columns // columns, columns)
         mean = jnp.sum(score.reshape(tiles), axis=(1, 3))
         alive = None if keep is None else jnp.any(keep.reshape(tiles), axis=(1, 3))
-        [marks] = keep_largest([mean], self._kept(mean.size, part), keep=[alive])
+        [marks] = keep_largest([mean], self._kept(mean.size, share), keep=[alive])
         spread = jnp.broadcast_to(marks[:, None, :, None], tiles).reshape(m.rows, m.columns)
         return spread if keep is None else spread & keep
 
