@@ -94,6 +94,24 @@ class Encoded:
         inner = [p.kind() for p in self.parts().values() if isinstance(p, Encoded)]
         return type(self).__name__ + (f"({', '.join(inner)})" if inner else "")
 
+    def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
+        """Returns how the parts are divided when the tensor is, or ``None`` if they cannot be.
+
+        Args:
+          spec: partition of the dense tensor, an axis each.
+          local: shape of one shard of the dense tensor.
+
+        Returns:
+          This leaf with a partition spec for each part.
+        """
+        return None
+
+    def resized(self, shape: tuple[int, ...]) -> Encoded:
+        """Returns the leaf of a shard of the given shape, of which this holds the parts."""
+        core = tuple(shape[len(shape) - len(self.core) :])
+        inner = {n: p.resized(shape) for n, p in self.parts().items() if isinstance(p, Encoded)}
+        return dataclasses.replace(self, core=core, **inner)
+
     def check(self) -> list[str]:
         """Returns what is wrong with the contents of this leaf, a line each; none if sound."""
         return []

@@ -1,157 +1,213 @@
-"""Runs the program of a function with compressed parameters in place of arrays.
+"""Runs the program of a function with parameters that are followed, compressed or not.
 
 A function is traced to a jaxpr on the dense shapes, and the jaxpr is interpreted with a
-:class:`Tracked` value wherever a value is a parameter, perhaps transposed, reshaped or cast.
-An equation without such an operand is bound as it is. One with such an operand is handled by
-the rule of its primitive in ``RULES``:
+:class:`Tracked` value wherever a value hangs on parameters only. A tracked value knows how to
+rebuild itself and by which way it came from which parameter (its origins). An equation without
+a tracked operand is bound as it is. One with such an operand is handled by the rule of its
+primitive:
 
-* a change of layout only makes the way from the leaf to the value longer;
-* ``jit`` is entered, the other control flow is wrapped again through JAX's public functions
-  with leaves as pytree arguments, so that loops stay loops and ``remat`` saves what it saves;
-* everything else goes to :meth:`Walk.use`, the one place where an operation meets a leaf.
+* layout, type and entrywise arithmetic of parameters are deferred: the way gets longer, nothing
+  is computed (:func:`deferred`);
+* ``jit`` is entered; ``scan``, ``while``, ``cond``, ``remat`` and ``shard_map`` are wrapped again
+  through JAX's public functions with leaves as pytree arguments, so that loops stay loops and
+  ``remat`` saves what it saves;
+* everything else goes to :meth:`Walk.use`, the one place where an operation meets a parameter.
   There operands are rebuilt just in time, inside `jax.checkpoint`, so that no rebuilt weight is
-  kept for the backward pass. Custom derivative rules are used like this, never entered.
+  kept for the backward pass. Custom derivative rules are used like this, never entered, or their
+  gradient would be that of their body.
+
+Kinds of walk are subclasses that override :meth:`Walk.use`. One that collects values (statistics,
+taps) sets ``collects`` and calls :meth:`Walk.emit`; the rules carry what was emitted out of loops
+and branches.
+
+**How a rule is added.** A rule takes the walk, the equation and its operands, and returns the
+outputs of the equation. Say that ``cumsum`` of a parameter along an axis should be deferred like a
+change of layout, as it hangs on the parameter alone: it needs no more than
+
+>>> from jaxopt_models._walk import Walk, deferred
+>>> class Summing(Walk):
+...     rules = {**Walk.rules, "cumsum": deferred}
+
+A rule for a primitive with a body runs ``walk.body(...)``; see ``_remat``, the shortest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
+import numpy as np
 
 from ._encoded import is_encoded
-
-# ------------------------------------------------------------------ what JAX keeps private
-# The only place that reads equations; JAX 0.12 made `Jaxpr` hold its constants and gave `scan`
-# the counts of its operands in another form.
-
-
-def _inner(params: dict[str, Any], *names: str) -> tuple[Any, Sequence[Any]]:
-    jaxpr = next(params[n] for n in names if n in params)
-    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
-
-
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()
-    return len(consts), len(carry)
-
-
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Applies the primitive of an equation to dense operands."""
-    found = eqn.primitive.get_bind_params(eqn.params)
-    subfuns, params = ([], found) if isinstance(found, dict) else found
-    with jax.named_scope(str(eqn.source_info.name_stack)):
-        out = eqn.primitive.bind(*subfuns, *operands, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-# ------------------------------------------------------------------ values
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Move:
-    """An equation that only changes the layout or the type of a parameter."""
-
-    eqn: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Move) and (
-            (self.eqn.primitive, self.eqn.params) == (other.eqn.primitive, other.eqn.params)
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.eqn.primitive)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tracked:
-    """A value that is a parameter, and the way there from its leaf.
-
-    Args:
-      leaf: the compressed parameter.
-      path: its path.
-      moves: changes of layout and type since.
-    """
-
-    leaf: Any
-    path: str = dataclasses.field(metadata={"static": True})
-    moves: tuple[Move, ...] = dataclasses.field(default=(), metadata={"static": True})
-
-    def dense(self) -> jax.Array:
-        """Rebuilds the value."""
-        value = self.leaf.materialize()
-        for move in self.moves:
-            [value] = bind(move.eqn, [value])
-        return value
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether a loop over the first axis may slice the parts of the leaf."""
-        return bool(self.leaf.stack) and not self.moves
-
-
-def is_tracked(x: Any) -> bool:
-    """Says whether ``x`` is a parameter that is not rebuilt yet."""
-    return isinstance(x, Tracked)
-
-
-def dense(x: Any) -> Any:
-    """Rebuilds a tracked value; leaves others alone."""
-    return x.dense() if is_tracked(x) else x
-
+from ._jaxpr import bind, inner, is_literal, scan_counts, scope_of
+from ._kernels import pick
+from ._tracked import (
+    ARITHMETIC,
+    ENTRYWISE,
+    LAYOUT,
+    Hop,
+    Origin,
+    Step,
+    Tracked,
+    deferred,
+    dense,
+    dynamic_slice,
+    is_tracked,
+    never,
+    packed,
+    several,
+    sliceable,
+)
 
 # ------------------------------------------------------------------ the interpreter
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Walk:
     """Interprets jaxprs.
 
     Args:
-      looping: whether this is inside a loop, where nothing is merged across iterations and
+      depth: number of loops around. In a loop nothing is merged across iterations, and
         `jax.checkpoint` need not prevent it.
+      scope: name scope of the jaxpr that is run.
+      times: how often it is run: the product of the lengths of the scans around it.
+      bounded: whether that is all, with no ``while`` around.
+      side: what was emitted, by name: `(value, loops)`, where loops are those whose iterations
+        are kept apart along a leading axis each.
     """
 
-    looping: bool = False
+    depth: int = 0
+    scope: str = ""
+    times: int = 1
+    bounded: bool = True
+    side: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    collects: ClassVar[bool] = False
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a jaxpr; an output that is an untouched leaf stays one."""
         env: dict[Any, Any] = {}
 
         def read(v: Any) -> Any:
-            return v.val if isinstance(v, jex.Literal) else env[v]
+            return v.val if is_literal(v) else env[v]
 
-        env.update(zip(jaxpr.constvars, consts, strict=True))
+        # Constants hang on no data: arithmetic of a parameter with one is still deferred.
+        env.update(zip(jaxpr.constvars, map(Tracked, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
             operands = [read(v) for v in eqn.invars]
-            if any(map(is_tracked, operands)):
-                rule = RULES.get(eqn.primitive.name, Walk.use)
-                found = rule(self, eqn, operands)
+            if any(map(is_tracked, operands)) or self.wants(eqn):
+                found = self.rules.get(eqn.primitive.name, Walk.meet)(self, eqn, operands)
             else:
                 found = bind(eqn, operands)
+            self.seen(eqn, found)
             env.update(zip(eqn.outvars, found, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        """An operation meets a parameter: rebuilds it just in time."""
+    def wants(self, eqn: Any) -> bool:
+        """Says whether an equation without a tracked operand has to go by its rule."""
+        return False
 
-        def rebuilt(*operands: Any) -> list[Any]:
-            ordered = operands if self.looping else _in_order(operands)
+    def seen(self, eqn: Any, found: list[Any]) -> None:
+        """Is told the outputs of every equation."""
+
+    def meet(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        """Applies an operation to parameters; what hangs on nothing else stays tracked."""
+        found = self.use(eqn, operands)
+        fixed = all(
+            is_tracked(x) or is_literal(v) for x, v in zip(operands, eqn.invars, strict=True)
+        )
+        return [Tracked(x) for x in found] if fixed else found
+
+    def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        """An operation meets a parameter: runs a kernel, or rebuilds it just in time."""
+        if not any(packed(x) for x in operands if is_tracked(x)):
+            return bind(eqn, [dense(x) for x in operands])
+        kernel, _ = pick(eqn, operands)
+        if kernel is not None:
+            return kernel.on(eqn, operands, otherwise=self.rebuild)
+        return self.rebuild(eqn, operands)
+
+    def rebuild(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        """Rebuilds the operands of an equation and binds it, keeping none for the gradient."""
+        looping = self.depth > 0
+
+        def rebuilt(values: list[Any]) -> list[Any]:
+            ordered = values if looping else _in_order(values)
             return bind(eqn, [dense(x) for x in ordered])
 
-        return jax.checkpoint(rebuilt, prevent_cse=not self.looping)(*operands)
+        values = [x.value if is_tracked(x) else x for x in operands]
+        return jax.checkpoint(rebuilt, prevent_cse=not looping)(values)
 
-    def dense_outputs(self, jaxpr: Any, consts: Sequence[Any]) -> Callable[..., list[Any]]:
-        """Returns a jaxpr as a function whose outputs are arrays."""
-        return lambda *args: [dense(x) for x in self.run(jaxpr, consts, args)]
+    # ---------------------------------------------------------------- bodies
+
+    def body(
+        self, eqn: Any, jaxpr: Any, consts: Sequence[Any], *, loop: bool = False, times: Any = 1
+    ) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
+        """Returns a body as a function of its operands to arrays, and what it emits.
+
+        ``times`` is how often a loop runs it, ``None`` if only the data knows.
+        """
+
+        def run(*args: Any) -> tuple[list[Any], dict[str, Any]]:
+            child = dataclasses.replace(
+                self,
+                depth=self.depth + loop,
+                scope=self.full_scope(eqn),
+                times=self.times * (times or 1),
+                bounded=self.bounded and times is not None,
+                side={},
+            )
+            out = [dense(x) for x in child.run(jaxpr, consts, args)]
+            return out, child.side
+
+        return run
+
+    def full_scope(self, eqn: Any) -> str:
+        """Returns the name scope of an equation in the whole program."""
+        return "/".join(s for s in (self.scope, scope_of(eqn)) if s)
+
+    # ---------------------------------------------------------------- what is collected
+
+    def emit(self, name: str, value: Any, loops: tuple[int, ...] = ()) -> None:
+        """Puts a value beside the outputs of the program, merged with an earlier one."""
+        new = Emitted(value, tuple(loops))
+        self.side[name] = self.merge(self.side[name], new) if name in self.side else new
+
+    def emit_all(self, side: dict[str, Any]) -> None:
+        """Passes on what a body emitted."""
+        for name, e in side.items():
+            self.emit(name, e.value, e.loops)
+
+    def zero(self, shape: Any) -> Any:
+        """Returns the emitted value of a branch that was not taken."""
+        raise NotImplementedError
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Merges two values emitted under one name."""
+        raise NotImplementedError
+
+    def over_mesh(self, e: Any, axes: tuple[str, ...]) -> Any:
+        """Makes one of what the devices of a mesh emitted; its partition is ``mesh_spec``."""
+        raise NotImplementedError
+
+    def mesh_spec(self, axes: tuple[str, ...]) -> Any:
+        """Returns the partition of what :meth:`over_mesh` returns."""
+        return jax.sharding.PartitionSpec()
+
+    rules: ClassVar[dict[str, Callable[..., list[Any]]]] = {}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """A value beside the outputs, and the loops whose iterations it keeps apart."""
+
+    value: Any
+    loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 # ------------------------------------------------------------------ order of rebuilding
@@ -162,18 +218,18 @@ class Walk:
 _BARRIERS_HOLD = jax.__version_info__ >= (0, 12)
 
 
-def _in_order(operands: Sequence[Any]) -> Sequence[Any]:
+def _in_order(operands: list[Any]) -> Sequence[Any]:
     partners = [
         x
         for x in operands
-        if not is_tracked(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x)
+        if not packed(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x)
     ]
     if not partners:
         return operands
     if _BARRIERS_HOLD:
         return jax.lax.optimization_barrier(tuple(operands))
     zero = _zero(jax.lax.stop_gradient(partners[0]))
-    return [_plus(x, zero) if is_tracked(x) else x for x in operands]
+    return [jax.tree.map(lambda a: _wait(a, zero), x) if packed(x) else x for x in operands]
 
 
 @jax.custom_batching.custom_vmap
@@ -188,86 +244,196 @@ def _zero_of_a_batch(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax
     return _zero(x), False
 
 
-def _plus(value: Tracked, zero: jax.Array) -> Tracked:
-    def wait(part: Any) -> Any:
-        return part + zero.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.integer) else part
-
-    return dataclasses.replace(value, leaf=jax.tree.map(wait, value.leaf))
+def _wait(part: jax.Array, zero: jax.Array) -> jax.Array:
+    return part + zero.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.integer) else part
 
 
-# ------------------------------------------------------------------ rules
-
-
-def _move(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    [value] = operands
-    return [dataclasses.replace(value, moves=(*value.moves, Move(eqn)))]
+# ------------------------------------------------------------------ rules: bodies
 
 
 def _enter(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    jaxpr, consts = _inner(eqn.params, "jaxpr", "call_jaxpr")
-    with jax.named_scope(str(eqn.source_info.name_stack)):
-        return walk.run(jaxpr, consts, operands)
+    jaxpr, consts = inner(eqn.params)
+    outside = walk.scope
+    walk.scope = walk.full_scope(eqn)
+    try:
+        with jax.named_scope(scope_of(eqn)):
+            return walk.run(jaxpr, consts, operands)
+    finally:
+        walk.scope = outside
 
 
 def _remat(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    fn = walk.dense_outputs(*_inner(eqn.params, "jaxpr"))
+    fn = walk.body(eqn, *inner(eqn.params))
     p = eqn.params
-    return jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*operands)
+    out, side = jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*operands)
+    walk.emit_all(side)
+    return out
 
 
 def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     p = eqn.params
-    jaxpr, jaxpr_consts = _inner(p, "jaxpr")
-    n, m = _scan_counts(p)
-    consts, carry, xs = operands[:n], operands[n : n + m], operands[n + m :]
-    run = Walk(looping=True).dense_outputs(jaxpr, jaxpr_consts)
+    jaxpr, jaxpr_consts = inner(p)
+    n, m = scan_counts(p)
+    consts, xs = operands[:n], operands[n + m :]
+    carry = [dense(x) for x in operands[n : n + m]]
+    depth = walk.depth + 1
+    run = walk.body(eqn, jaxpr, jaxpr_consts, loop=True, times=p["length"])
+    shapes = [tuple(v.aval.shape) for v in eqn.invars[n + m :]]
+    pairs = [_slices(x, shape, depth) for x, shape in zip(xs, shapes, strict=True)]
+    parts, opened = [value for value, _ in pairs], [open_ for _, open_ in pairs]
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = run(*consts, *carry, *xs)
-        return out[:m], out[m:]
+    def once(carry: Any, parts: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+        slices = [open_(part) for open_, part in zip(opened, parts, strict=True)]
+        out, side = run(*consts, *carry, *slices)
+        return out[:m], out[m:], side
 
-    carry = [dense(x) for x in carry]
-    xs = [x if is_tracked(x) and x.sliceable else dense(x) for x in xs]
-    carry, ys = jax.lax.scan(
-        body, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    sums = {}
+    if walk.collects:
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), parts)
+        side = jax.eval_shape(once, carry, one)[2]
+        sums = {k: walk.zero(e) for k, e in side.items() if depth not in e.loops}
+
+    def body(carry: Any, parts: Any) -> tuple[Any, Any]:
+        carry, sums = carry
+        carry, ys, side = once(carry, parts)
+        sums = {k: walk.merge(old, side.pop(k)) for k, old in sums.items()}
+        return (carry, sums), (ys, side)
+
+    (carry, sums), (ys, side) = jax.lax.scan(
+        body, (carry, sums), parts, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
+    walk.emit_all(sums)
+    walk.emit_all(side)
     return [*carry, *ys]
+
+
+def _slices(x: Any, shape: tuple[int, ...], depth: int) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns what a scan runs over, and how one slice of it becomes an operand."""
+    if not is_tracked(x):
+        return x, lambda part: part
+    hop = Hop(Step("loop", None, never), 0, shape, shape[1:])
+    value, inside = sliceable(x.value)
+
+    def open_(part: Any) -> Tracked:
+        origins = [dataclasses.replace(o.then(hop), loops=(*o.loops, depth)) for o in x.origins]
+        return Tracked(inside(part), tuple(origins))
+
+    return value, open_
 
 
 def _while(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     p = eqn.params
     n, m = p["cond_nconsts"], p["body_nconsts"]
-    inside = Walk(looping=True)
-    test = inside.dense_outputs(*_inner(p, "cond_jaxpr"))
-    body = inside.dense_outputs(*_inner(p, "body_jaxpr"))
+    test = walk.body(eqn, *inner(p, "cond_jaxpr"), loop=True, times=None)
+    run = walk.body(eqn, *inner(p, "body_jaxpr"), loop=True, times=None)
     for_test, for_body = operands[:n], operands[n : n + m]
-    return jax.lax.while_loop(
-        lambda carry: test(*for_test, *carry)[0],
-        lambda carry: body(*for_body, *carry),
-        [dense(x) for x in operands[n + m :]],
-    )
+    carry = [dense(x) for x in operands[n + m :]]
+
+    def once(carry: Any) -> tuple[list[Any], dict[str, Any]]:
+        # What the condition emits is collected here, where it can be carried; the last time,
+        # when it ends the loop, is not.
+        side = test(*for_test, *carry)[1] if walk.collects else {}
+        out, found = run(*for_body, *carry)
+        both = dataclasses.replace(walk, side=dict(side))
+        both.emit_all(found)
+        return out, both.side
+
+    side = jax.eval_shape(once, carry)[1] if walk.collects else {}
+    sums = {k: walk.zero(e) for k, e in side.items()}
+
+    def body(carry: Any) -> Any:
+        carry, sums = carry
+        carry, side = once(carry)
+        return carry, {k: walk.merge(old, side[k]) for k, old in sums.items()}
+
+    out, sums = jax.lax.while_loop(lambda c: test(*for_test, *c[0])[0][0], body, (carry, sums))
+    walk.emit_all(sums)
+    return out
 
 
 def _cond(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    branches = [walk.dense_outputs(*_inner({"jaxpr": b}, "jaxpr")) for b in eqn.params["branches"]]
+    runs = [walk.body(eqn, *inner({"jaxpr": b})) for b in eqn.params["branches"]]
     index, *rest = operands
-    return jax.lax.switch(dense(index), branches, *rest)
+    union: dict[str, Any] = {}
+    if walk.collects:
+        for run in runs:
+            union |= jax.eval_shape(run, *rest)[1]
+
+    def branch(run: Callable[..., Any]) -> Callable[..., Any]:
+        def taken(*rest: Any) -> tuple[list[Any], dict[str, Any]]:
+            out, side = run(*rest)
+            return out, {k: side[k] if k in side else walk.zero(e) for k, e in union.items()}
+
+        return taken
+
+    out, side = jax.lax.switch(dense(index), [branch(run) for run in runs], *rest)
+    walk.emit_all(side)
+    return out
 
 
-MOVES = (
-    *("transpose", "reshape", "convert_element_type", "squeeze", "broadcast_in_dim", "copy"),
-    *("copy_p", "name", "reduce_precision", "pvary", "sharding_constraint", "rev"),
-)
-RULES: dict[str, Callable[[Walk, Any, Sequence[Any]], list[Any]]] = {
-    **dict.fromkeys(MOVES, _move),
+def _shard_map(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    p = eqn.params
+    axes = tuple(p["newly_manual_axes"])
+    run = walk.body(eqn, *inner(p))
+    shapes = [tuple(v.aval.shape) for v in eqn.invars]
+    triples = [
+        _shards(x, shape, spec, p["mesh"])
+        for x, shape, spec in zip(operands, shapes, p["in_specs"], strict=True)
+    ]
+
+    def body(*parts: Any) -> tuple[list[Any], dict[str, Any]]:
+        opened = [open_(part) for (_, _, open_), part in zip(triples, parts, strict=True)]
+        out, side = run(*opened)
+        return out, {k: walk.over_mesh(e, axes) for k, e in side.items()}
+
+    out, side = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(spec for _, spec, _ in triples),
+        out_specs=(list(p["out_specs"]), walk.mesh_spec(axes)),
+        check_vma=p["check_vma"],
+        axis_names=set(axes),
+    )(*(value for value, _, _ in triples))
+    walk.emit_all(side)
+    return out
+
+
+def _shards(x: Any, shape: tuple[int, ...], spec: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """Returns what ``shard_map`` divides, how, and how one shard becomes an operand."""
+    if not is_tracked(x):
+        return x, spec, lambda part: part
+    names = {a: n if isinstance(n, tuple) else (n,) for a, n in enumerate(spec) if n is not None}
+    counts = {a: int(np.prod([mesh.shape[n] for n in names[a]])) for a in names}
+    local = tuple(n // counts.get(a, 1) for a, n in enumerate(shape))
+    origins = tuple(_of_shard(o, names, counts) for o in x.origins)
+    if is_encoded(x.value) and (specs := x.value.specs(spec, local)) is not None:
+        return x.value, specs, lambda part: Tracked(part.resized(local), origins)
+    return dense(x), spec, lambda part: Tracked(part, origins)
+
+
+def _of_shard(o: Origin, names: dict[int, Any], counts: dict[int, int]) -> Origin:
+    if not names:
+        return o
+    if any(h.step.name != "loop" and h.step.name not in ENTRYWISE for h in o.hops):
+        return dataclasses.replace(o, lost="its layout is changed before shard_map")
+    loops = sum(h.step.name == "loop" for h in o.hops)
+    shape = list(o.shape)
+    for axis, count in counts.items():
+        shape[axis + loops] //= count
+    shards = tuple((axis + loops, n) for axis, n in names.items())
+    return dataclasses.replace(o, shape=tuple(shape), shards=(*o.shards, *shards))
+
+
+# ------------------------------------------------------------------ which rule
+
+Walk.rules = {
+    **dict.fromkeys(ENTRYWISE | ARITHMETIC | LAYOUT, deferred),
+    **dict.fromkeys(("split", "unstack"), several),
+    "dynamic_slice": dynamic_slice,
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _enter),
     **dict.fromkeys(("remat2", "remat", "checkpoint"), _remat),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
 }
-
-
-def track(path: str, value: Any) -> Any:
-    """Starts to follow a compressed parameter; arrays are left alone."""
-    return Tracked(value, path) if is_encoded(value) else value

@@ -1,0 +1,148 @@
+"""One call of a function, taken apart into arrays and the rest, and traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ._encoded import is_encoded
+from ._paths import Parameter, flatten
+from ._tracked import Tracked, dense, track
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What of a call is no array: the same frame and shapes, the same program.
+
+    Args:
+      fn: the function.
+      treedef: structure of `(params, args, kwargs)` with the parts of leaves inside.
+      rest: position and value of everything that is no array.
+    """
+
+    fn: Callable[..., Any]
+    treedef: Any
+    rest: tuple[tuple[int, Any], ...]
+
+    def restore(self, arrays: Sequence[Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Puts arrays in their places: `(params, args, kwargs)`."""
+        rest, given = dict(self.rest), iter(arrays)
+        n = self.treedef.num_leaves
+        return self.treedef.unflatten([rest[i] if i in rest else next(given) for i in range(n)])
+
+    def hashable(self) -> bool:
+        """Says whether a program can be kept for it."""
+        try:
+            hash(self)
+        except TypeError:
+            return False
+        return True
+
+
+def take_apart(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> tuple[Frame, list]:
+    """Returns the frame of a call, and its arrays."""
+    values, treedef = jax.tree.flatten((params, tuple(args), dict(kwargs)))
+    rest = tuple((i, v) for i, v in enumerate(values) if not isinstance(v, _ARRAYS))
+    return Frame(fn, treedef, rest), [v for v in values if isinstance(v, _ARRAYS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced call.
+
+    Args:
+      jaxpr, consts: the program.
+      operands: what it is run on: a :class:`Tracked` value for each parameter, then arrays.
+      out: structure of its result.
+      unreached: parameters that are not in it, by path.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    operands: list[Any]
+    out: Any
+    unreached: list[Parameter]
+
+
+def trace(frame: Frame, arrays: Sequence[Any], *, who: str, every: bool) -> Program:
+    """Traces a call on the dense shapes of its parameters.
+
+    Args:
+      frame: what of the call is no array.
+      arrays: the arrays.
+      who: the public function, for messages.
+      every: whether dense parameters are followed too.
+
+    Returns:
+      The program.
+
+    Raises:
+      ValueError: if no parameter reached it.
+    """
+    params, args, kwargs = frame.restore(arrays)
+    leaves, unflatten = flatten(params)
+    given = [i for i, p in enumerate(leaves) if isinstance(p.value, _ARRAYS) or is_encoded(p.value)]
+    values, treedef = jax.tree.flatten((args, kwargs))
+    numeric = [i for i, v in enumerate(values) if isinstance(v, _ARRAYS)]
+
+    def of_arrays(weights: list[Any], inputs: list[Any]) -> Any:
+        tree = [p.value for p in leaves]
+        for i, w in zip(given, weights, strict=True):
+            tree[i] = w
+        rest = list(values)
+        for i, v in zip(numeric, inputs, strict=True):
+            rest[i] = v
+        args, kwargs = jax.tree.unflatten(treedef, rest)
+        return frame.fn(unflatten(tree), *args, **kwargs)
+
+    weights = [leaves[i].value for i in given]
+    inputs = [values[i] for i in numeric]
+    templates = [_template(w) for w in weights]
+    closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(templates, inputs)
+    used = {id(v) for v in _used(closed.jaxpr)}
+    variables = closed.jaxpr.invars[: len(given)]
+    seen = [(leaves[i], id(v) in used) for i, v in zip(given, variables, strict=True)]
+    parameters = [(p, reached) for p, reached in seen if not p.reason]
+    followed = [reached for p, reached in parameters if every or is_encoded(p.value)]
+    if followed and not any(followed):
+        raise ValueError(
+            f"{who}: no parameter reached the program of {name_of(frame.fn)}. It computes with "
+            "values captured elsewhere (a closure, a module with parameters inside); use its first "
+            "argument instead, as the fn of jaxopt_models.functional(model) does"
+        )
+    operands = [
+        track(p.path, p.value) if is_encoded(p.value) or (every and not p.reason) else p.value
+        for p, _ in seen
+    ]
+    unreached = [p for p, reached in parameters if not reached]
+    return Program(
+        closed.jaxpr, closed.consts, [*operands, *inputs], jax.tree.structure(shapes), unreached
+    )
+
+
+def finish(program: Program, out: list[Any]) -> Any:
+    """Returns the result of a program in its structure; untouched leaves stay leaves."""
+
+    def value(x: Any) -> Any:
+        return x.value if isinstance(x, Tracked) and is_encoded(x.value) else dense(x)
+
+    return jax.tree.unflatten(program.out, [value(x) for x in out])
+
+
+def name_of(fn: Any) -> str:
+    """Returns the name of a function, for messages."""
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _template(x: Any) -> Any:
+    return jax.eval_shape(lambda leaf: leaf.materialize(), x) if is_encoded(x) else x
+
+
+def _used(jaxpr: Any) -> list[Any]:
+    return [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)

@@ -1,0 +1,57 @@
+"""What the walk reads of jaxprs: the only place that leans on what JAX keeps private.
+
+JAX 0.12 made `Jaxpr` hold its constants and gave `scan` the counts of its operands in another
+form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+
+def inner(params: dict[str, Any], *names: str) -> tuple[Any, Sequence[Any]]:
+    """Returns the jaxpr of a primitive with a body, and its constants."""
+    jaxpr = next(params[n] for n in names or ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """Returns every jaxpr inside an equation."""
+    found = []
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else [value]:
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                found.append(one)
+    return found
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns how many operands of a scan are constants and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Applies the primitive of an equation to dense operands."""
+    found = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = ([], found) if isinstance(found, dict) else found
+    with jax.named_scope(scope_of(eqn)):
+        out = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scope_of(eqn: Any) -> str:
+    """Returns the name scope of an equation within its jaxpr."""
+    return str(eqn.source_info.name_stack)
+
+
+def is_literal(v: Any) -> bool:
+    """Says whether an operand of an equation is a number written into it."""
+    return isinstance(v, jex.Literal)

@@ -1,0 +1,277 @@
+"""Values that hang on parameters: how to rebuild them, and by which way they came."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._encoded import is_encoded
+from ._jaxpr import bind, is_literal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One deferred operation: an equation, or a function that stands for one.
+
+    Args:
+      name: the primitive.
+      params: what says exactly which operation; two steps with equal name and params are equal.
+      call: from operands to the result.
+    """
+
+    name: str
+    params: Any
+    call: Callable[..., Any]
+
+    @classmethod
+    def of(cls, eqn: Any) -> Step:
+        """The step of an equation with one result."""
+        return cls(eqn.primitive.name, eqn.params, lambda *a: bind(eqn, a)[0])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Step) and (self.name, self.params) == (other.name, other.params)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """A step on the way from a parameter to a value, as its axes see it.
+
+    Args:
+      step: the operation; the names ``"loop"`` and ``"index"`` take the first axis away, the one
+        by the iterations of a loop, the other by an index that only the data knows.
+      position: which operand the parameter is.
+      before, after: shape of that operand and of the result.
+      offset: for ``concatenate``, where the operand starts.
+    """
+
+    step: Step
+    position: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    offset: int = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a value came from.
+
+    Args:
+      at: the indices of ``"index"`` hops, in order.
+      path: path of the parameter.
+      shape: its dense shape; inside ``shard_map`` that of a shard.
+      hops: the way since.
+      loops: depth of the loop of each ``"loop"`` hop, in order.
+      shards: `(axis, mesh axes)` for each axis of the parameter that ``shard_map`` divides.
+      lost: why the way is not known, where it is not.
+    """
+
+    at: tuple[Any, ...]
+    path: str = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    hops: tuple[Hop, ...] = dataclasses.field(default=(), metadata={"static": True})
+    loops: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    shards: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    lost: str = dataclasses.field(default="", metadata={"static": True})
+
+    def then(self, *hops: Hop) -> Origin:
+        """Returns the origin of a value further on."""
+        return dataclasses.replace(self, hops=(*self.hops, *hops))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A step that is not computed yet."""
+
+    operands: tuple[Any, ...]
+    step: Step = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """A value that hangs on parameters and constants only.
+
+    Args:
+      value: a leaf, an array, or a :class:`Deferred` step on these.
+      origins: the parameters it holds entry by entry; none for a constant, or for what was
+        computed from parameters otherwise.
+    """
+
+    value: Any
+    origins: tuple[Origin, ...] = ()
+
+
+def is_tracked(x: Any) -> bool:
+    """Says whether ``x`` hangs on parameters only."""
+    return isinstance(x, Tracked)
+
+
+def dense(x: Any) -> Any:
+    """Rebuilds a tracked value; leaves others alone."""
+    if is_tracked(x):
+        return dense(x.value)
+    if is_encoded(x):
+        return x.materialize()
+    return x.step.call(*map(dense, x.operands)) if isinstance(x, Deferred) else x
+
+
+def packed(x: Any) -> bool:
+    """Says whether a value has yet to be rebuilt."""
+    value = x.value if is_tracked(x) else x
+    return is_encoded(value) or isinstance(value, Deferred)
+
+
+def track(path: str, value: Any) -> Any:
+    """Starts to follow a parameter."""
+    return Tracked(value, (Origin((), path, tuple(value.shape)),))
+
+
+# ------------------------------------------------------------------ rules: deferred operations
+
+
+def deferred(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """The rule of operations on parameters that wait until the parameter is used."""
+    if not all(is_tracked(x) or is_literal(v) for x, v in zip(operands, eqn.invars, strict=True)):
+        return walk.meet(eqn, operands)
+    [out] = eqn.outvars
+    offset, origins = 0, []
+    for i, (x, v) in enumerate(zip(operands, eqn.invars, strict=True)):
+        hop = Hop(Step.of(eqn), i, tuple(v.aval.shape), tuple(out.aval.shape), offset)
+        origins += [o.then(hop) for o in x.origins] if is_tracked(x) else []
+        if eqn.primitive.name == "concatenate":
+            offset += v.aval.shape[eqn.params["dimension"]]
+    return [Tracked(_apply(Step.of(eqn), *operands), tuple(origins))]
+
+
+def _apply(step: Step, *operands: Any) -> Any:
+    values = tuple(x.value if is_tracked(x) else x for x in operands)
+    if not any(map(packed, values)):
+        return step.call(*values)
+    if len(values) == 1 and (on_parts := _on_stack(step, values[0])) is not None:
+        return on_parts
+    return Deferred(values, step)
+
+
+def _on_stack(step: Step, leaf: Any) -> Any:
+    """Applies a step to the stack axes of the parts of a leaf, where that is all it touches."""
+    if not is_encoded(leaf) or not leaf.stack:
+        return None
+    n, core = len(leaf.stack), tuple(leaf.core)
+    if step.name == "slice":
+        start, limit = step.params["start_indices"], step.params["limit_indices"]
+        strides = step.params["strides"] or (1,) * leaf.ndim
+        if (start[n:], limit[n:], set(strides[n:])) == ((0,) * len(core), core, {1}):
+            cut = tuple(map(slice, start[:n], limit[:n], strides[:n]))
+            return jax.tree.map(lambda part: part[cut], leaf)
+    if step.name == "reshape":
+        new = tuple(step.params["new_sizes"])
+        if len(new) >= len(core) and new[len(new) - len(core) :] == core:
+            return jax.tree.map(
+                lambda part: part.reshape(new[: len(new) - len(core)] + part.shape[n:]), leaf
+            )
+    return None
+
+
+def several(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """``split`` and ``unstack`` are slices."""
+    [x], p = operands, eqn.params
+    shape, axis = eqn.invars[0].aval.shape, p["axis"]
+    ends = np.cumsum(p["sizes"] if "sizes" in p else [1] * shape[axis]).tolist()
+    found = []
+    for start, end, out in zip([0, *ends], ends, eqn.outvars, strict=False):
+        begin, limit = [0] * len(shape), list(shape)
+        begin[axis], limit[axis] = start, end
+        piece = _unary(x, "slice", shape, tuple(begin), tuple(limit))
+        between = tuple(np.subtract(limit, begin).tolist())
+        if between != out.aval.shape:
+            piece = _unary(piece, "reshape", between, tuple(out.aval.shape))
+        found.append(piece)
+    return found
+
+
+def _unary(x: Tracked, name: str, before: tuple[int, ...], *spec: tuple[int, ...]) -> Tracked:
+    """Applies ``slice`` (begin, limit) or ``reshape`` (shape) as a step of its own."""
+    if name == "slice":
+        params = dict(zip(("start_indices", "limit_indices"), spec, strict=True), strides=None)
+        after = tuple(np.subtract(spec[1], spec[0]).tolist())
+        step = Step(name, params, lambda a: jax.lax.slice(a, *spec))
+    else:
+        [after] = spec
+        step = Step(name, {"new_sizes": after}, lambda a: a.reshape(after))
+    hop = Hop(step, 0, tuple(before), after)
+    return Tracked(_apply(step, x), tuple(o.then(hop) for o in x.origins))
+
+
+def dynamic_slice(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    x, *starts = operands
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    if not is_tracked(x) or len(starts) != len(shape) or sizes != (1, *shape[1:]):
+        return walk.meet(eqn, operands)
+    start = dense(starts[0])
+    index = jnp.clip(start, 0, shape[0] - 1)
+    if is_encoded(x.value) and x.value.stack:
+        value = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, 1), x.value)
+    elif packed(x):
+        value = Deferred((x.value, *map(dense, starts)), Step.of(eqn))
+    else:
+        [value] = bind(eqn, [dense(v) for v in operands])
+    hop = Hop(Step("index", None, never), 0, tuple(shape), tuple(sizes))
+    return [
+        Tracked(
+            value, tuple(dataclasses.replace(o.then(hop), at=(*o.at, index)) for o in x.origins)
+        )
+    ]
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("this step stands for what a loop or an index does")
+
+
+def sliceable(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns the part of a value that a loop may slice, and the steps that stay inside it."""
+    if not packed(value):
+        return value, lambda part: part
+    if is_encoded(value) and value.stack:
+        return value, lambda part: part
+    if isinstance(value, Deferred) and len(value.operands) == 1:
+        step = _in_slice(value.step)
+        whole, inside = sliceable(value.operands[0])
+        if step is not None and packed(whole):
+            return whole, lambda part: Deferred((inside(part),), step)
+    rebuilt = dense(value)
+    return rebuilt, lambda part: part
+
+
+def _in_slice(step: Step) -> Step | None:
+    """Returns the step that does to one slice what ``step`` does to a stack of them."""
+    if step.name in ENTRYWISE:
+        return step
+    if step.name == "transpose" and step.params["permutation"][0] == 0:
+        order = tuple(a - 1 for a in step.params["permutation"][1:])
+        return Step("transpose", {"permutation": order}, lambda a: jax.lax.transpose(a, order))
+    return None
+
+
+ENTRYWISE = {
+    *("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pvary"),
+    *("sharding_constraint", "neg", "abs", "sign", "exp", "exp2", "log", "log1p", "expm1", "tanh"),
+    *("logistic", "erf", "sqrt", "rsqrt", "cbrt", "square", "integer_pow", "floor", "ceil"),
+    *("round", "stop_gradient", "custom_jvp_call", "sin", "cos", "is_finite", "not"),
+}
+ARITHMETIC = {
+    *("add", "sub", "mul", "div", "max", "min", "pow", "rem", "select_n", "clamp", "add_any"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "atan2"),
+}
+LAYOUT = {
+    *("transpose", "reshape", "squeeze", "broadcast_in_dim", "rev", "slice", "concatenate", "pad"),
+}
