@@ -11,11 +11,16 @@ from . import artifact as artifact
 from . import codebook as codebook
 from . import prune as prune
 from . import quant as quant
+from ._accelerate import accelerate as accelerate
+from ._accelerate import simulate as simulate
 from ._axes import Axes as Axes
 from ._bits import pack_bits as pack_bits
 from ._bits import pack_codes as pack_codes
 from ._bits import unpack_bits as unpack_bits
 from ._bits import unpack_codes as unpack_codes
+from ._calibrate import Calibration as Calibration
+from ._calibrate import Stats as Stats
+from ._calibrate import calibrate as calibrate
 from ._compress import compress as compress
 from ._compress import straight_through as straight_through
 from ._encoded import Encoded as Encoded
@@ -34,6 +39,7 @@ from ._recipe import Rule as Rule
 from ._recipe import recipe_from_json as recipe_from_json
 from ._recipe import recipe_to_json as recipe_to_json
 from ._table import Table as Table
+from ._taps import taps as taps
 from ._verify import VerifyError as VerifyError
 from ._verify import verify as verify
 from ._version import __version__ as __version__

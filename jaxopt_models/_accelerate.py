@@ -10,6 +10,9 @@ import jax
 
 from ._call import Frame, finish, take_apart, trace
 from ._encoded import is_encoded
+from ._explain import explain
+from ._table import Table
+from ._tracked import readers
 from ._walk import Walk
 
 
@@ -46,12 +49,45 @@ def accelerate(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _wrapped(fn, "accelerate", Walk)
 
 
+def simulate(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``fn`` as :func:`accelerate` does, with no kernel but their plain references.
+
+    It defines what a tree of compressed parameters computes, inputs rounded as
+    :class:`jaxopt_models.quant.WithInput` says included, and is differentiable: before a loss,
+    ``simulate(fn)(params, x)`` trains with quantized activations. Without such leaves it is
+    ``fn(materialize(params), x)``.
+
+    Args:
+      fn: function of parameters (a pytree) and anything else.
+
+    Returns:
+      A function of the same arguments.
+
+    Raises:
+      ValueError: when called, if no compressed parameter reached the program.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> both = jom.chain(jom.quant.Int(bits=8), jom.quant.Input(bits=8))
+      >>> small = jom.compress({"w": jnp.eye(2)}, [jom.Rule("w", both)])
+      >>> jom.simulate(lambda p, x: x @ p["w"])(small, jnp.array([[127.0, 0.3]]))
+      Array([[127.,   0.]], dtype=float32)
+    """
+    return _wrapped(fn, "simulate", Simulating)
+
+
+class Simulating(Walk):
+    """A walk without kernels."""
+
+    kernels = False
+
+
 def _wrapped(fn: Callable[..., Any], who: str, walk: type[Walk]) -> Callable[..., Any]:
     if not callable(fn):
         raise TypeError(f"{who}: fn is {type(fn).__name__}; give a function of (params, ...)")
 
     def run(frame: Frame, arrays: list[Any]) -> Any:
-        program = trace(frame, arrays, who=who, every=False)
+        program = trace(frame, arrays, who=who, every=bool(readers(frame.restore(arrays)[0])))
         return finish(program, walk().run(program.jaxpr, program.consts, program.operands))
 
     kept = jax.jit(run, static_argnums=0)
@@ -63,4 +99,8 @@ def _wrapped(fn: Callable[..., Any], who: str, walk: type[Walk]) -> Callable[...
         frame, arrays = take_apart(fn, params, args, kwargs)
         return (kept if frame.hashable() else run)(frame, arrays)
 
+    def explained(params: Any, *args: Any, **kwargs: Any) -> Table:
+        return explain(fn, params, args, kwargs)
+
+    accelerated.explain = explained  # type: ignore[attr-defined]
     return accelerated

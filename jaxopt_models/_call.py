@@ -70,7 +70,9 @@ class Program:
     unreached: list[Parameter]
 
 
-def trace(frame: Frame, arrays: Sequence[Any], *, who: str, every: bool) -> Program:
+def trace(
+    frame: Frame, arrays: Sequence[Any], *, who: str, every: bool, reached: bool = True
+) -> Program:
     """Traces a call on the dense shapes of its parameters.
 
     Args:
@@ -78,6 +80,7 @@ def trace(frame: Frame, arrays: Sequence[Any], *, who: str, every: bool) -> Prog
       arrays: the arrays.
       who: the public function, for messages.
       every: whether dense parameters are followed too.
+      reached: whether some parameter has to be in the program.
 
     Returns:
       The program.
@@ -109,8 +112,8 @@ def trace(frame: Frame, arrays: Sequence[Any], *, who: str, every: bool) -> Prog
     variables = closed.jaxpr.invars[: len(given)]
     seen = [(leaves[i], id(v) in used) for i, v in zip(given, variables, strict=True)]
     parameters = [(p, reached) for p, reached in seen if not p.reason]
-    followed = [reached for p, reached in parameters if every or is_encoded(p.value)]
-    if followed and not any(followed):
+    followed = [found for p, found in parameters if every or is_encoded(p.value)]
+    if reached and followed and not any(followed):
         raise ValueError(
             f"{who}: no parameter reached the program of {name_of(frame.fn)}. It computes with "
             "values captured elsewhere (a closure, a module with parameters inside); use its first "
@@ -120,7 +123,7 @@ def trace(frame: Frame, arrays: Sequence[Any], *, who: str, every: bool) -> Prog
         track(p.path, p.value) if is_encoded(p.value) or (every and not p.reason) else p.value
         for p, _ in seen
     ]
-    unreached = [p for p, reached in parameters if not reached]
+    unreached = [p for p, found in parameters if not found]
     return Program(
         closed.jaxpr, closed.consts, [*operands, *inputs], jax.tree.structure(shapes), unreached
     )

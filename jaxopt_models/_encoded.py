@@ -35,6 +35,10 @@ class Encoded:
     #: Other integer arrays of at most 8 bits are coded as they are.
     coded: ClassVar[dict[str, str]] = {}
 
+    #: Whether this only stands around ``values``, which other encoders may encode in its place;
+    #: it then may define ``read(x, row)``: what becomes of an input before it meets the values.
+    around: ClassVar[bool] = False
+
     @property
     def dtype(self) -> jnp.dtype:
         """Data type of the tensor this leaf stands for."""
@@ -93,6 +97,17 @@ class Encoded:
         """Returns the nesting in words, for instance ``"Masked(Clustered)"``."""
         inner = [p.kind() for p in self.parts().values() if isinstance(p, Encoded)]
         return type(self).__name__ + (f"({', '.join(inner)})" if inner else "")
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            f"a compressed parameter ({self.kind()} of shape {list(self.shape)}) was used as an "
+            "array. Call jaxopt_models.accelerate(fn)(params, ...), where fn takes the parameters "
+            "as its first argument (fn, params = jaxopt_models.functional(model)), or rebuild them "
+            "first: jaxopt_models.materialize(params)"
+        )
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__jax_array__()
 
     def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
         """Returns how the parts are divided when the tensor is, or ``None`` if they cannot be.

@@ -100,6 +100,9 @@ class Encoder:
         axes = axes or Axes(stack=len(old.stack))
         if axes.stack != len(old.stack):
             raise ValueError(f"axes say stack={axes.stack}, the leaf has stack axes {old.stack}")
+        if old.around:
+            values = self(old.values, axes=axes, keep=keep, stats=stats, key=key)
+            return dataclasses.replace(old, values=values)
         if not isinstance(old, Masked):
             new = self._encode(old.materialize(), axes=axes, keep=keep, stats=stats, key=key)
             if isinstance(new, Masked):

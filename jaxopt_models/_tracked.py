@@ -131,6 +131,12 @@ def packed(x: Any) -> bool:
     return is_encoded(value) or isinstance(value, Deferred)
 
 
+def readers(x: Any) -> list[Any]:
+    """Returns the leaves in a value that say what becomes of the input it is multiplied with."""
+    found = jax.tree.leaves(x, is_leaf=is_encoded)
+    return [v for v in found if is_encoded(v) and hasattr(v, "read")]
+
+
 def track(path: str, value: Any) -> Any:
     """Starts to follow a parameter."""
     return Tracked(value, (Origin((), path, tuple(value.shape)),))

@@ -44,6 +44,7 @@ import numpy as np
 from ._encoded import is_encoded
 from ._jaxpr import bind, inner, is_literal, scan_counts, scope_of
 from ._kernels import pick
+from ._products import Product, product_of
 from ._tracked import (
     ARITHMETIC,
     ENTRYWISE,
@@ -58,6 +59,7 @@ from ._tracked import (
     is_tracked,
     never,
     packed,
+    readers,
     several,
     sliceable,
 )
@@ -72,7 +74,7 @@ class Walk:
     Args:
       depth: number of loops around. In a loop nothing is merged across iterations, and
         `jax.checkpoint` need not prevent it.
-      scope: name scope of the jaxpr that is run.
+      around: the equations whose bodies are being run, outermost first.
       times: how often it is run: the product of the lengths of the scans around it.
       bounded: whether that is all, with no ``while`` around.
       side: what was emitted, by name: `(value, loops)`, where loops are those whose iterations
@@ -80,12 +82,13 @@ class Walk:
     """
 
     depth: int = 0
-    scope: str = ""
+    around: tuple[Any, ...] = ()
     times: int = 1
     bounded: bool = True
     side: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     collects: ClassVar[bool] = False
+    kernels: ClassVar[bool] = True
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a jaxpr; an output that is an untouched leaf stays one."""
@@ -103,7 +106,7 @@ class Walk:
                 found = self.rules.get(eqn.primitive.name, Walk.meet)(self, eqn, operands)
             else:
                 found = bind(eqn, operands)
-            self.seen(eqn, found)
+            self.after(eqn, found)
             env.update(zip(eqn.outvars, found, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -111,7 +114,7 @@ class Walk:
         """Says whether an equation without a tracked operand has to go by its rule."""
         return False
 
-    def seen(self, eqn: Any, found: list[Any]) -> None:
+    def after(self, eqn: Any, found: list[Any]) -> None:
         """Is told the outputs of every equation."""
 
     def meet(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -126,7 +129,7 @@ class Walk:
         """An operation meets a parameter: runs a kernel, or rebuilds it just in time."""
         if not any(packed(x) for x in operands if is_tracked(x)):
             return bind(eqn, [dense(x) for x in operands])
-        kernel, _ = pick(eqn, operands)
+        kernel = pick(eqn, operands)[0] if self.kernels else None
         if kernel is not None:
             return kernel.on(eqn, operands, otherwise=self.rebuild)
         return self.rebuild(eqn, operands)
@@ -137,7 +140,8 @@ class Walk:
 
         def rebuilt(values: list[Any]) -> list[Any]:
             ordered = values if looping else _in_order(values)
-            return bind(eqn, [dense(x) for x in ordered])
+            arrays = _read(eqn, operands, ordered)
+            return bind(eqn, arrays)
 
         values = [x.value if is_tracked(x) else x for x in operands]
         return jax.checkpoint(rebuilt, prevent_cse=not looping)(values)
@@ -156,7 +160,7 @@ class Walk:
             child = dataclasses.replace(
                 self,
                 depth=self.depth + loop,
-                scope=self.full_scope(eqn),
+                around=(*self.around, eqn),
                 times=self.times * (times or 1),
                 bounded=self.bounded and times is not None,
                 side={},
@@ -166,9 +170,9 @@ class Walk:
 
         return run
 
-    def full_scope(self, eqn: Any) -> str:
+    def scope(self, eqn: Any) -> str:
         """Returns the name scope of an equation in the whole program."""
-        return "/".join(s for s in (self.scope, scope_of(eqn)) if s)
+        return "/".join(s for s in map(scope_of, (*self.around, eqn)) if s)
 
     # ---------------------------------------------------------------- what is collected
 
@@ -190,8 +194,11 @@ class Walk:
         """Merges two values emitted under one name."""
         raise NotImplementedError
 
-    def over_mesh(self, e: Any, axes: tuple[str, ...]) -> Any:
-        """Makes one of what the devices of a mesh emitted; its partition is ``mesh_spec``."""
+    def over_mesh(self, name: str, e: Any, axes: tuple[str, ...], typed: bool) -> Any:
+        """Makes one of what the devices of a mesh emitted; its partition is ``mesh_spec``.
+
+        ``typed`` says whether JAX knows along which axes a value varies.
+        """
         raise NotImplementedError
 
     def mesh_spec(self, axes: tuple[str, ...]) -> Any:
@@ -208,6 +215,17 @@ class Emitted:
 
     value: Any
     loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _read(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Rebuilds values; an input goes through what the leaf it is multiplied with says."""
+    arrays = [dense(x) for x in values]
+    for i, x in enumerate(values):
+        product = product_of(eqn, i) if packed(x) and readers(x) else ""
+        if isinstance(product, Product) and not product.lookup and not is_tracked(operands[1 - i]):
+            for leaf in readers(x):
+                arrays[1 - i] = leaf.read(arrays[1 - i], product.row)
+    return arrays
 
 
 # ------------------------------------------------------------------ order of rebuilding
@@ -251,15 +269,19 @@ def _wait(part: jax.Array, zero: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------ rules: bodies
 
 
-def _enter(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def enter(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     jaxpr, consts = inner(eqn.params)
-    outside = walk.scope
-    walk.scope = walk.full_scope(eqn)
+    outside, walk.around = walk.around, (*walk.around, eqn)
     try:
         with jax.named_scope(scope_of(eqn)):
             return walk.run(jaxpr, consts, operands)
     finally:
-        walk.scope = outside
+        walk.around = outside
+
+
+def _custom(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    entrywise = [v.aval.shape for v in eqn.outvars] == [v.aval.shape for v in eqn.invars]
+    return (deferred if entrywise else Walk.meet)(walk, eqn, operands)
 
 
 def _remat(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -287,7 +309,7 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         out, side = run(*consts, *carry, *slices)
         return out[:m], out[m:], side
 
-    sums = {}
+    sums: dict[str, Any] = {}
     if walk.collects:
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), parts)
         side = jax.eval_shape(once, carry, one)[2]
@@ -384,7 +406,7 @@ def _shard_map(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     def body(*parts: Any) -> tuple[list[Any], dict[str, Any]]:
         opened = [open_(part) for (_, _, open_), part in zip(triples, parts, strict=True)]
         out, side = run(*opened)
-        return out, {k: walk.over_mesh(e, axes) for k, e in side.items()}
+        return out, {k: walk.over_mesh(k, e, axes, p["check_vma"]) for k, e in side.items()}
 
     out, side = jax.shard_map(
         body,
@@ -430,8 +452,9 @@ Walk.rules = {
     **dict.fromkeys(ENTRYWISE | ARITHMETIC | LAYOUT, deferred),
     **dict.fromkeys(("split", "unstack"), several),
     "dynamic_slice": dynamic_slice,
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _enter),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), enter),
     **dict.fromkeys(("remat2", "remat", "checkpoint"), _remat),
+    "custom_jvp_call": _custom,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -103,20 +103,22 @@ class Int(Encoder):
         )
 
 
-def _divide(x: jax.Array, n: int) -> jax.Array:
+def divide(x: jax.Array, n: int) -> jax.Array:
+    """Divides by a constant as IEEE does."""
     # XLA turns a division by a constant into a product with its rounded reciprocal, which
     # is neither what NumPy gives nor idempotent; a divisor that depends on data is exact.
     return x / jnp.where(x < jnp.inf, jnp.array(n, x.dtype), jnp.ones((), x.dtype))
 
 
-def _positive(scale: jax.Array) -> jax.Array:
+def positive(scale: jax.Array) -> jax.Array:
+    """Returns a scale that can be divided by."""
     # An all-zero or denormal group, flushed to zero by XLA, gets the scale one and codes zero.
     return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, jnp.ones((), scale.dtype))
 
 
 def _symmetric(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, None]:
     top = 2 ** (bits - 1) - 1
-    scale = _positive(_divide(jnp.max(jnp.abs(x), axis=1), top))
+    scale = positive(divide(jnp.max(jnp.abs(x), axis=1), top))
     codes = jnp.round(x / scale[:, None, :])
     return jnp.clip(codes, -top, top).astype(jnp.int32), scale, None
 
@@ -129,7 +131,7 @@ def _affine(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     half = jnp.array(0.5, x.dtype)
     # Halved first, as the range of finite numbers may be beyond them.
     span = lax.optimization_barrier((high * half, low * half))
-    scale = _truncate(_positive(2 * _divide(span[0] - span[1], top)))
+    scale = _truncate(positive(2 * divide(span[0] - span[1], top)))
     # Halves go towards the zero point for codes and away from it for the zero point, so
     # that the lowest value has code 0 and the highest code 2^b - 1: encoding is idempotent.
     point = jnp.clip(-jnp.ceil(low / scale - half), 0, top)

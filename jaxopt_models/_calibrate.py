@@ -1,0 +1,405 @@
+"""Statistics of the input of every parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._axes import Axes
+from ._call import Frame, name_of, take_apart, trace
+from ._encoded import is_encoded
+from ._paths import flatten
+from ._products import product_of
+from ._progress import bar
+from ._recipe import Rule, decide
+from ._roles import Roles, roles
+from ._statistics import STATISTICS
+from ._table import Table
+from ._tracked import dense, is_tracked
+from ._walk import Emitted, Walk, enter
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["states", "count"],
+    meta_fields=["axes", "groups", "others"],
+)
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What was seen at the input of one parameter.
+
+    Each statistic is an attribute: ``absmax``, ``l2``, ``mean`` `[*stack, *groups, rows]` with a
+    row for each entry of the *in* axes, ``minmax`` a pair of these, ``gram``
+    `[*stack, *groups, rows, rows]`, ``histogram`` of all rows with ``counts`` and ``edges``.
+
+    Args:
+      states: state of each statistic.
+      count: number of samples, `float32` `[*stack, *groups]`; 0 where none was seen.
+      axes: roles of the axes of the parameter.
+      groups: `(axis of the core, count)` for axes along which inputs differ: the output axis of
+        a grouped convolution.
+      others: the same for uses in which the axes have other roles, as of a tied embedding.
+    """
+
+    states: dict[str, Any]
+    count: jax.Array
+    axes: Axes
+    groups: tuple[tuple[int, int], ...] = ()
+    others: tuple[Stats, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the statistics."""
+        return tuple(self.states)
+
+    def __getattr__(self, name: str) -> Any:
+        states = self.__dict__.get("states", {})
+        if name not in states:
+            raise AttributeError(f"Stats has no {name!r}; it has {sorted(states)}")
+        return STATISTICS[name].result(states[name], self.count)
+
+
+class Calibration(dict[str, Stats]):
+    """``{path: Stats}``; printed it is a table.
+
+    Args:
+      found: statistics by path.
+      missing: parameters without, and why.
+    """
+
+    def __init__(self, found: dict[str, Stats], missing: dict[str, str]):
+        super().__init__(found)
+        self.missing = missing
+
+    def table(self) -> Table:
+        """Returns a row for each parameter: its axes, samples, and statistics."""
+        rows = []
+        for path, s in self.items():
+            roles_ = f"out {list(s.axes.out or ())}" + (
+                f", {s.axes.stack} stack" * (s.axes.stack > 0)
+            )
+            low, high = int(jnp.min(s.count)), int(jnp.max(s.count))
+            seen = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            rows.append((path, roles_, seen, ", ".join(s.names), "" if low else "not all were hit"))
+        rows += [(path, "", "", "", why) for path, why in self.missing.items()]
+        return Table(("path", "axes", "samples", "statistics", "note"), rows, title="calibration")
+
+    def __repr__(self) -> str:
+        return repr(self.table())
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    what: Sequence[str] | Sequence[Rule] = ("absmax",),
+    *,
+    gram_rows: int = 8192,
+    progress: bool = False,
+) -> Calibration:
+    r"""Runs data through a model and collects statistics at the input of every parameter.
+
+    A parameter that is multiplied with an input, :math:`y = x W` in any form, sees the rows of
+    :math:`x`: of a convolution the patches, zero padding included; of a lookup one-hot rows.
+    Several uses add up, over all iterations of loops, branches taken, and devices of a sharded
+    batch; stacked layers have statistics of their own.
+
+    Args:
+      fn: function of `(params, ...)`; it is not changed, and needs no hooks.
+      params: its parameters, compressed or not.
+      batches: tuples of the arguments after ``params``. One compilation serves all batches of
+        the same shapes.
+      what: names of statistics, of ``absmax``, ``minmax``, ``l2``, ``mean``, ``histogram`` and
+        ``gram``, or a recipe, for which each parameter gets what its encoder needs.
+      gram_rows: parameters with more rows get no ``gram``, which is `[rows, rows]`; they are
+        listed in ``missing``.
+      progress: show a bar, a step for each batch.
+
+    Returns:
+      ``{path: Stats}``, with the attribute ``missing``: parameters that meet no input, and why.
+
+    Raises:
+      TypeError: if a batch is no tuple.
+      ValueError: if there is no batch, a statistic is unknown, a parameter with ``needs`` in the
+        recipe meets no input, or an input is NaN or Inf.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> stats = jom.calibrate(fn, params, [(jnp.ones((8, 3)),), (-2 * jnp.ones((8, 3)),)])
+      >>> stats["a"].absmax, stats["a"].count
+      (Array([2., 2., 2.], dtype=float32), Array(16., dtype=float32))
+    """
+    wanted, recipe = _wanted(params, what)
+    seen: dict[Any, Any] = {}
+    kept: Any = None
+
+    def add(frame: Frame, arrays: list[Any], total: Any) -> Any:
+        program = trace(frame, arrays, who="calibrate", every=True)
+        walk = Calibrating(wanted=wanted, gram_rows=gram_rows, seen=seen)
+        walk.run(program.jaxpr, program.consts, program.operands)
+        missing.update({p.path: "it is not in the program" for p in program.unreached})
+        if total is None:
+            return walk.side
+        both = dataclasses.replace(walk, side=dict(total))
+        both.emit_all(walk.side)
+        return both.side
+
+    missing: dict[str, str] = {}
+    compiled = jax.jit(add, static_argnums=0, donate_argnums=2)
+    given = list(batches) if not hasattr(batches, "__len__") and progress else batches
+    with bar("calibrate", len(given) if hasattr(given, "__len__") else 0, show=progress) as step:
+        for batch in given:
+            if not isinstance(batch, tuple):
+                raise TypeError(
+                    f"calibrate: a batch is {type(batch).__name__}; give the tuple of the "
+                    "arguments after params: [(x,) for x in ...]"
+                )
+            frame, arrays = take_apart(fn, params, batch, {})
+            if kept is None:
+                shapes = jax.eval_shape(functools.partial(add, frame), arrays, None)
+                empty = Calibrating(wanted=wanted, gram_rows=gram_rows, seen=seen)
+                kept = {k: empty.zero(e) for k, e in shapes.items()}
+            kept = compiled(frame, arrays, kept)
+            step("")
+    if kept is None:
+        raise ValueError("calibrate: there is no batch; give at least one tuple of arguments")
+    return _calibration(params, kept, seen, missing, recipe, name_of(fn))
+
+
+def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    """Returns the statistics of each path as a function, and what a recipe needs by path."""
+    if isinstance(what, str):
+        what = (what,)
+    what = tuple(what)
+    if what and all(isinstance(w, Rule) for w in what):
+        needs = {
+            d.parameter.path: d.encoder.needs if d.encoder is not None else ()
+            for d in decide(flatten(params)[0], what, who="calibrate")
+        }
+        if not any(needs.values()):
+            raise ValueError("calibrate: no encoder of this recipe needs statistics")
+        return lambda path: needs.get(path, ()), needs
+    unknown = [w for w in what if w not in STATISTICS]
+    if unknown or not what:
+        raise ValueError(
+            f"calibrate: what={unknown or what!r}; give statistics of {sorted(STATISTICS)}, or a "
+            "recipe"
+        )
+    return lambda path: what, {}
+
+
+@dataclasses.dataclass
+class Calibrating(Walk):
+    """A walk that emits the statistics of inputs.
+
+    Args:
+      wanted: from a path to the names of its statistics.
+      gram_rows: most rows of a gram.
+      seen: by name of what is emitted its `(path, roles, multiply-adds)`; and by `("missing",
+        path)` why a use has no statistics.
+    """
+
+    wanted: Any = None
+    gram_rows: int = 0
+    seen: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    collects = True
+
+    def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        for i, x in enumerate(operands):
+            for o in x.origins if is_tracked(x) else ():
+                why = self._read(eqn, operands, i, o)
+                if why:
+                    self.seen.setdefault(("missing", o.path), why)
+        return super().use(eqn, operands)
+
+    def _read(self, eqn: Any, operands: Sequence[Any], i: int, o: Any) -> str:
+        names = self.wanted(o.path)
+        product = product_of(eqn, i)
+        if isinstance(product, str) or not names:
+            return product if isinstance(product, str) else "the recipe needs none"
+        other = operands[1] if product.lookup else operands[1 - i]
+        if is_tracked(other) and other.origins:
+            return "it is multiplied with another parameter"
+        r = roles(o, product)
+        if isinstance(r, str):
+            return r
+        if "gram" in names and r.rows > self.gram_rows:
+            names = tuple(n for n in names if n != "gram")
+            self.seen[("no gram", o.path)] = f"gram of {r.rows} rows is beyond gram_rows"
+        other = jax.lax.stop_gradient(dense(other))
+        if product.lookup:
+            counts, samples = product.counts(other)
+            full = _put(counts[..., None, :], r, 0)[..., 0, :]
+            states = {n: STATISTICS[n].of_lookup(full, samples) for n in names}
+            count, broken = jnp.asarray(samples, jnp.float32), jnp.zeros((), jnp.int32)
+        else:
+            blocks = self._rows(product.inputs(other, r.kept), r)
+            states = {n: STATISTICS[n].of(blocks) for n in names}
+            lead, samples = blocks[0].shape[:-2], blocks[0].shape[-2]
+            count = jnp.full(lead, samples, jnp.float32)
+            broken = sum(jnp.sum(~jnp.isfinite(b)) for b in blocks)
+            broken = jnp.asarray(broken, jnp.int32)
+        name = self._name(o, r, product.multiply_adds * self.times)
+        self.emit(name, self._placed(states, count, broken, o, r), o.loops)
+        return ""
+
+    def _name(self, o: Any, r: Roles, multiply_adds: int) -> str:
+        key = (o.path, r, o.loops)
+        for name, (found, most) in self.seen.items():
+            if isinstance(name, str) and found == key:
+                self.seen[name] = (found, max(most, multiply_adds))
+                return name
+        name = f"{len(self.seen):06d}"
+        self.seen[name] = (key, multiply_adds)
+        return name
+
+    def _rows(self, blocks: list[jax.Array], r: Roles) -> list[jax.Array]:
+        if r.places is not None:
+            blocks = [_put(jnp.concatenate(blocks, axis=-1), r, 0)]
+        if not r.gathered:
+            return blocks
+        x = jnp.concatenate(blocks, axis=-1)
+        shape = x.shape[:-1]
+        x = x.reshape(*shape, *r.in_shape)
+        for axis, names in r.gathered:
+            x = jax.lax.all_gather(x, names, axis=len(shape) + axis, tiled=True)
+        return [x.reshape(*shape, -1)]
+
+    def _placed(self, states: Any, count: Any, broken: Any, o: Any, r: Roles) -> Any:
+        """Puts the state where the indices that only the data knows say it belongs."""
+        if not r.indices:
+            return {"states": states, "count": count, "broken": broken}
+        e = {"states": states, "count": count}
+
+        def wide(zero: jax.Array, a: jax.Array) -> jax.Array:
+            full = jnp.broadcast_to(zero, (*r.indices, *a.shape))
+            return full.at[tuple(o.at)].set(a)
+
+        return {**jax.tree.map(wide, self._neutral(e), e), "broken": broken}
+
+    def _neutral(self, value: Any) -> Any:
+        states = {n: STATISTICS[n].zero(s) for n, s in value["states"].items()}
+        rest = {k: jnp.zeros(value[k].shape, value[k].dtype) for k in value if k != "states"}
+        return {"states": states, **rest}
+
+    def zero(self, e: Any) -> Any:
+        return Emitted(self._neutral(e.value), e.loops)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return Emitted(_merged(a.value, b.value), a.loops)
+
+    def over_mesh(self, name: str, e: Any, axes: tuple[str, ...], typed: bool) -> Any:
+        (_, r, _), _ = self.seen[name]
+        varying = jax.typeof(e.value["count"]).vma | frozenset().union(
+            *(jax.typeof(a).vma for a in jax.tree.leaves(e.value))
+        )
+        once = [a for a in axes if a in r.copied or (typed and a not in varying)]
+        if once:
+            first = math.prod([(jax.lax.axis_index(a) == 0).astype(jnp.int32) for a in once])
+            value = jax.tree.map(
+                lambda a, z: jnp.where(first > 0, a, z), e.value, self._neutral(e.value)
+            )
+            e = Emitted(value, e.loops)
+        states = {n: STATISTICS[n].over(s, axes) for n, s in e.value["states"].items()}
+        rest = {k: jax.lax.psum(v, axes) for k, v in e.value.items() if k != "states"}
+        return Emitted({"states": states, **rest}, e.loops)
+
+
+Calibrating.rules = {
+    **Walk.rules,
+    # Statistics have no gradient, so bodies with derivative rules of their own may be entered.
+    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), enter),
+    "custom_jvp_call": lambda walk, eqn, operands: (
+        enter if not all(map(is_tracked, operands)) else Walk.rules["custom_jvp_call"]
+    )(walk, eqn, operands),
+}
+
+
+def _merged(a: Any, b: Any) -> Any:
+    states = {n: STATISTICS[n].merge(s, b["states"][n]) for n, s in a["states"].items()}
+    return {"states": states, **{k: a[k] + b[k] for k in a if k != "states"}}
+
+
+def _put(x: jax.Array, r: Roles, fill: float) -> jax.Array:
+    """Puts rows of an operand in the places of the parameter's; others see zero."""
+    if r.places is None:
+        return x
+    places = jnp.asarray([p if p >= 0 else r.rows for p in r.places])
+    return jnp.full((*x.shape[:-1], r.rows), fill, x.dtype).at[..., places].set(x, mode="drop")
+
+
+def _calibration(
+    params: Any, kept: Any, seen: Any, missing: Any, recipe: Any, name: str
+) -> Calibration:
+    found: dict[str, list[tuple[int, Stats]]] = {}
+    for key, e in kept.items():
+        (path, r, _), multiply_adds = seen[key]
+        if int(jnp.sum(e.value["broken"])):
+            raise ValueError(
+                f"calibrate: the input of {path} in {name} holds NaN or Inf; check the batches, "
+                "or the layers before it"
+            )
+        stats = _stats(e.value, r)
+        same = found.setdefault(path, [])
+        for i, (most, s) in enumerate(same):
+            if (s.axes, s.groups, s.names) == (stats.axes, stats.groups, stats.names):
+                value = _merged(
+                    {"states": s.states, "count": s.count},
+                    {"states": stats.states, "count": stats.count},
+                )
+                same[i] = (max(most, multiply_adds), dataclasses.replace(s, **value))
+                break
+        else:
+            same.append((multiply_adds, stats))
+    result, why = {}, {}
+    for p in flatten(params)[0]:
+        if p.reason or not (hasattr(p.value, "dtype") or is_encoded(p.value)):
+            continue
+        if uses := sorted(found.get(p.path, []), key=lambda u: -u[0]):
+            first, *others = [s for _, s in uses]
+            result[p.path] = dataclasses.replace(first, others=tuple(others))
+        if (reason := seen.get(("no gram", p.path))) or p.path not in result:
+            why[p.path] = reason or missing.get(p.path) or seen.get(("missing", p.path), "no use")
+    lacking = [p for p, needs in recipe.items() if needs and p not in result]
+    if lacking:
+        raise ValueError(
+            "calibrate: the recipe needs statistics that cannot be had: "
+            + "; ".join(f"{p}: {why.get(p)}" for p in lacking)
+        )
+    return Calibration(result, why)
+
+
+def _stats(value: Any, r: Roles) -> Stats:
+    """Brings the leading axes of a use into those of the parameter."""
+    n = len(r.lead)
+    order = [i for i in range(n) if r.stacked[i]] + [i for i in range(n) if not r.stacked[i]]
+    s = sum(r.stacked)
+    size = math.prod(r.stack)
+    identity = r.where == tuple(range(size))
+
+    def arrange(a: jax.Array, zero: jax.Array) -> jax.Array:
+        a = a.transpose(*order, *range(n, a.ndim)).reshape(len(r.where), *a.shape[s:])
+        if not identity:
+            where = jnp.asarray([w if w >= 0 else size for w in r.where])
+            full = jnp.broadcast_to(zero, (size, *a.shape[1:]))
+            a = full.at[where].set(a, mode="drop")
+        return a.reshape(*r.stack, *a.shape[1:])
+
+    def neutral(e: Any, name: str | None) -> Any:
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[n:], a.dtype), e)
+        return jnp.zeros(one.shape) if name is None else STATISTICS[name].zero(one)
+
+    def all_of(e: Any, name: str | None) -> Any:
+        zero = neutral(e, name)
+        return jax.tree.map(lambda a, z: arrange(a, z), e, zero)
+
+    states = {k: all_of(v, k) for k, v in value["states"].items()}
+    return Stats(states, all_of(value["count"], None), r.axes, r.groups)

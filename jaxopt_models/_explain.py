@@ -1,0 +1,162 @@
+"""What each parameter meets in a program, what it costs, and what runs there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from ._call import name_of, take_apart, trace
+from ._encoded import is_encoded
+from ._jaxpr import bodies
+from ._kernels import pick
+from ._products import multiply_adds, product_of
+from ._roles import Roles, roles
+from ._table import Table
+from ._tracked import Tracked, is_tracked, readers
+from ._walk import Walk, enter
+
+
+def explain(fn: Any, params: Any, args: Any, kwargs: Any) -> Table:
+    """Says what each parameter meets in ``fn(params, *args, **kwargs)``; nothing is computed.
+
+    Args:
+      fn: the function.
+      params: its parameters, compressed or not, or their shapes.
+      args: arrays, shapes (`jax.ShapeDtypeStruct`) and static values.
+      kwargs: the same.
+
+    Returns:
+      A row for each use of a parameter, and for each product of values that are no parameters:
+      path, operation, its axes (`in`, `out`, `stack`), shapes of the parameter, the other operand
+      and the result, how often it runs, multiply-adds of all runs, what runs, and a note: why no
+      kernel does, why axes cannot be told. Parameters that never reach the program end the table.
+      ``data["multiply_adds"]`` is the sum.
+    """
+    frame, arrays = take_apart(fn, params, args, kwargs)
+    walk = Explaining()
+    unreached: list[str] = []
+
+    def run(arrays: list[Any]) -> list[Any]:
+        program = trace(frame, arrays, who="explain", every=True)
+        unreached[:] = [p.path for p in program.unreached]
+        out = walk.run(program.jaxpr, program.consts, program.operands)
+        return [
+            x.value if is_tracked(x) and is_encoded(x.value) else x
+            for x in out
+            if not isinstance(x, Tracked) or is_encoded(x.value)
+        ]
+
+    jax.eval_shape(run, arrays)
+    rows = [tuple(row) for row in walk.rows.values()]
+    rows += [
+        (p, "", "", None, None, None, 0, 0, "", "never reaches the program") for p in unreached
+    ]
+    return Table(
+        COLUMNS,
+        rows,
+        title=f"explain {name_of(fn)}",
+        notes=[_note(rows)],
+        data={"multiply_adds": sum(row[7] for row in rows)},
+    )
+
+
+COLUMNS = (
+    *("path", "operation", "axes", "parameter", "input", "output"),
+    *("times", "multiply-adds", "runs", "note"),
+)
+
+
+def _note(rows: Sequence[Any]) -> str:
+    with_, without = (sum(r[7] for r in rows if bool(r[0]) == named) for named in (True, False))
+    return f"multiply-adds: {with_:,} with parameters, {without:,} between other values"
+
+
+@dataclasses.dataclass
+class Explaining(Walk):
+    """A walk that writes down what it meets.
+
+    Args:
+      rows: by the equation, and those around it, and the path.
+    """
+
+    rows: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def wants(self, eqn: Any) -> bool:
+        return bool(multiply_adds(eqn)) or any(map(_multiplies, bodies(eqn)))
+
+    def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        named = False
+        for i, x in enumerate(operands):
+            for o in x.origins if is_tracked(x) else ():
+                named = True
+                self._write(eqn, operands, i, o)
+        if not named and multiply_adds(eqn):
+            self._row(eqn, "", "", None, eqn.invars[0].aval.shape, multiply_adds(eqn), "", "")
+        return super().use(eqn, operands)
+
+    def _write(self, eqn: Any, operands: Sequence[Any], i: int, o: Any) -> None:
+        kernel, why = None, ""
+        value = operands[i].value
+        packed = any(map(is_encoded, jax.tree.leaves(value, is_leaf=is_encoded)))
+        if packed:
+            kernel, why = pick(eqn, operands)
+        runs = kernel.name if kernel else "rebuilt" if packed else "dense"
+        notes = [why]
+        product = product_of(eqn, i)
+        if isinstance(product, str):
+            axes = ""
+        else:
+            r = roles(o, product)
+            axes = _axes(r, len(o.shape)) if isinstance(r, Roles) else ""
+            notes.append(r if isinstance(r, str) else "")
+        if readers(value) and (isinstance(product, str) or product.lookup):
+            notes.append("its input is not rounded here")
+        other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
+        costs = multiply_adds(eqn)
+        note = "; ".join(n for n in notes if n)
+        self._row(eqn, o.path, axes, eqn.invars[i].aval.shape, other, costs, runs, note)
+
+    def _row(
+        self,
+        eqn: Any,
+        path: str,
+        axes: str,
+        mine: Any,
+        other: Any,
+        costs: int,
+        runs: str,
+        note: str,
+    ) -> None:
+        around = [e.primitive.name for e in self.around]
+        where = [] if self.bounded else ["counted once for each iteration of a while loop"]
+        where += ["in a branch"] if "cond" in around else []
+        key = (*(id(e) for e in self.around), id(eqn), path)
+        out = eqn.outvars[0].aval.shape
+        name = eqn.primitive.name + (f" ({self.scope(eqn)})" if self.scope(eqn) else "")
+        shapes = [None if s is None else list(s) for s in (mine, other, out)]
+        note = "; ".join([*where, note] if note else where)
+        self.rows[key] = (path, name, axes, *shapes, self.times, costs * self.times, runs, note)
+
+
+Explaining.rules = {
+    **Walk.rules,
+    # Nothing is differentiated here, so bodies with derivative rules of their own are entered.
+    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), enter),
+    "custom_jvp_call": lambda walk, eqn, operands: (
+        enter if not all(map(is_tracked, operands)) else Walk.rules["custom_jvp_call"]
+    )(walk, eqn, operands),
+}
+
+
+def _multiplies(jaxpr: Any) -> bool:
+    return any(multiply_adds(e) or any(map(_multiplies, bodies(e))) for e in jaxpr.eqns)
+
+
+def _axes(r: Roles, ndim: int) -> str:
+    out = set(r.axes.out or ())
+    return " ".join(
+        "stack" if a < r.axes.stack else "out" if a in out else "in" for a in range(ndim)
+    )

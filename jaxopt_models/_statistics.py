@@ -1,0 +1,232 @@
+"""What calibration remembers of the input of a parameter: monoids, exact under any order.
+
+Each statistic has a state for the samples seen, computed from a block of samples or from a lookup,
+and merged by addition or maximum. So batches, iterations, branches and devices may come in any
+order and number, and none at all is the neutral state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Blocks = Sequence[jax.Array]
+
+
+class Statistic:
+    """A statistic of inputs `[*lead, samples, rows]`, given as blocks along the last axis."""
+
+    #: What merges two states, entry by entry.
+    merge_with: ClassVar[str] = "add"
+
+    def of(self, blocks: Blocks) -> Any:
+        """Returns the state for samples."""
+        raise NotImplementedError
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> Any:
+        """Returns the state for one-hot samples, of which ``counts`` have a one in each row."""
+        raise NotImplementedError
+
+    def zero(self, state: Any) -> Any:
+        """Returns the neutral state of the shape of ``state``."""
+        fill = 0 if self.merge_with == "add" else -jnp.inf
+        return jax.tree.map(lambda a: jnp.full(a.shape, fill, a.dtype), state)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Returns the state for the samples of both."""
+        return jax.tree.map(jnp.add if self.merge_with == "add" else jnp.maximum, a, b)
+
+    def over(self, state: Any, axes: tuple[str, ...]) -> Any:
+        """Returns the state for the samples of all devices along mesh axes."""
+        sum_up = jax.lax.psum if self.merge_with == "add" else jax.lax.pmax
+        return jax.tree.map(lambda a: sum_up(a, axes), state)
+
+    def result(self, state: Any, count: jax.Array) -> Any:
+        """Returns the statistic."""
+        return state
+
+
+class Absmax(Statistic):
+    """Largest absolute value, 0 for no sample."""
+
+    merge_with = "max"
+
+    def of(self, blocks: Blocks) -> jax.Array:
+        return _each(lambda x: jnp.max(jnp.abs(x), axis=-2, initial=0), blocks)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
+        return (counts > 0).astype(jnp.float32)
+
+    def zero(self, state: Any) -> Any:
+        return jnp.zeros(state.shape, state.dtype)
+
+
+class Range(NamedTuple):
+    """Smallest and largest value; `inf` and `-inf` for no sample."""
+
+    min: jax.Array
+    max: jax.Array
+
+
+class MinMax(Statistic):
+    """Smallest and largest value; the state holds that of the negative."""
+
+    merge_with = "max"
+
+    def of(self, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+        below = _each(lambda x: jnp.max(-x, axis=-2, initial=-jnp.inf), blocks)
+        return below, _each(lambda x: jnp.max(x, axis=-2, initial=-jnp.inf), blocks)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> tuple[jax.Array, jax.Array]:
+        top = jnp.where(counts > 0, 1.0, 0.0 if samples else -jnp.inf)
+        low = jnp.where(counts < samples, 0.0, -1.0 if samples else -jnp.inf)
+        return low.astype(jnp.float32), top.astype(jnp.float32)
+
+    def result(self, state: Any, count: jax.Array) -> Range:
+        return Range(-state[0], state[1])
+
+
+class L2(Statistic):
+    r"""Euclidean norm over the samples, :math:`\sqrt{\sum x^2}`."""
+
+    def of(self, blocks: Blocks) -> jax.Array:
+        return _each(lambda x: _sum(jnp.square(x)), blocks)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
+        return counts.astype(jnp.float32)
+
+    def result(self, state: Any, count: jax.Array) -> jax.Array:
+        return jnp.sqrt(state)
+
+
+class Mean(Statistic):
+    """Mean over the samples, 0 for none."""
+
+    def of(self, blocks: Blocks) -> jax.Array:
+        return _each(_sum, blocks)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
+        return counts.astype(jnp.float32)
+
+    def result(self, state: Any, count: jax.Array) -> jax.Array:
+        return state / jnp.maximum(count, 1)[..., None]
+
+
+class Gram(Statistic):
+    r"""Products of the inputs with each other, :math:`X^\top X`; the Hessian up to a factor."""
+
+    def of(self, blocks: Blocks) -> jax.Array:
+        x = jnp.concatenate([_wide(b) for b in blocks], axis=-1)
+        return jnp.einsum("...si,...sj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
+        return jnp.diag(counts.astype(jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    r"""Counts of values in equal bins between :math:`-2^e` and :math:`2^e`.
+
+    The exponent :math:`e` is the smallest that takes in every value, so the bins of two batches
+    are either the same or one halves the other, and merging is exact.
+
+    Args:
+      counts: `float32` `[*lead, 4096]`.
+      exponent: `int32` `[*lead]`.
+    """
+
+    counts: jax.Array
+    exponent: jax.Array
+
+    @property
+    def edges(self) -> jax.Array:
+        """Edges of the bins, `[*lead, 4097]`."""
+        n = self.counts.shape[-1]
+        return jnp.ldexp(jnp.linspace(-1.0, 1.0, n + 1), self.exponent[..., None])
+
+
+class Histogram(Statistic):
+    """Counts of all values of a parameter's input in 4,096 bins."""
+
+    bins: ClassVar[int] = 4096
+    _lowest: ClassVar[int] = -125  # Smaller values share the two bins around zero.
+
+    def of(self, blocks: Blocks) -> Bins:
+        parts = [_wide(b).reshape(*b.shape[:-2], -1) for b in blocks]
+        return self._count(jnp.concatenate(parts, axis=-1))
+
+    def _count(self, x: jax.Array) -> Bins:
+        _, exponents = jnp.frexp(jnp.where(jnp.isfinite(x), x, 0))
+        e = jnp.max(exponents, axis=-1, initial=self._lowest).astype(jnp.int32)
+        place = jnp.floor(jnp.ldexp(x, 11 - e[..., None])) + self.bins // 2
+        place = jnp.where(jnp.isfinite(x), place, self.bins).astype(jnp.int32)
+
+        def one(place: jax.Array) -> jax.Array:
+            return jnp.zeros(self.bins, jnp.int32).at[place].add(1, mode="drop")
+
+        for _ in range(x.ndim - 1):
+            one = jax.vmap(one)
+        return Bins(one(place).astype(jnp.float32), e)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> Bins:
+        # Ones are at the start of a bin of [-2, 2), zeros in the middle one.
+        zeros = float(samples) * counts.shape[0] - jnp.sum(counts)
+        none = jnp.zeros(self.bins, jnp.float32)
+        found = none.at[self.bins // 2].add(zeros).at[self.bins * 3 // 4].add(jnp.sum(counts))
+        return Bins(found, jnp.where(jnp.sum(counts) > 0, 1, self._lowest).astype(jnp.int32))
+
+    def zero(self, state: Bins) -> Bins:
+        lowest = jnp.full(state.exponent.shape, self._lowest, jnp.int32)
+        return Bins(jnp.zeros(state.counts.shape, jnp.float32), lowest)
+
+    def merge(self, a: Bins, b: Bins) -> Bins:
+        e = jnp.maximum(a.exponent, b.exponent)
+        return Bins(self._coarser(a, e) + self._coarser(b, e), e)
+
+    def over(self, state: Bins, axes: tuple[str, ...]) -> Bins:
+        e = jax.lax.pmax(state.exponent, axes)
+        return Bins(jax.lax.psum(self._coarser(state, e), axes), e)
+
+    def _coarser(self, state: Bins, e: jax.Array) -> jax.Array:
+        half = self.bins // 2
+        shift = jnp.minimum(e - state.exponent, 12)
+
+        def one(counts: jax.Array, shift: jax.Array) -> jax.Array:
+            place = jnp.right_shift(jnp.arange(self.bins) - half, shift) + half
+            return jnp.zeros_like(counts).at[place].add(counts)
+
+        for _ in range(e.ndim):
+            one = jax.vmap(one)
+        return one(state.counts, shift)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "absmax": Absmax(),
+    "minmax": MinMax(),
+    "l2": L2(),
+    "mean": Mean(),
+    "histogram": Histogram(),
+    "gram": Gram(),
+}
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _each(f: Any, blocks: Blocks) -> jax.Array:
+    return jnp.concatenate([f(_wide(b)) for b in blocks], axis=-1)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Sums over the samples in runs of 256, whose rounding errors do not add up."""
+    *lead, n, k = x.shape
+    whole = n - n % 256
+    runs = x[..., :whole, :].reshape(*lead, whole // 256, 256, k)
+    sums = jax.lax.optimization_barrier(runs.sum(-2)).sum(-2)
+    return sums + x[..., whole:, :].sum(-2)

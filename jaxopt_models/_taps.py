@@ -1,0 +1,264 @@
+"""Values inside a program, returned beside its output."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._call import Program, finish, name_of, take_apart, trace
+from ._jaxpr import bodies, scope_of
+from ._paths import flatten
+from ._table import Table
+from ._tracked import dense, is_tracked
+from ._walk import Emitted, Walk
+
+_CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """Returns ``fn`` with values from its inside beside its output.
+
+    A name is one of
+
+    * the path of a parameter, ``"ip1/kernel"``: what the operation that uses it returns;
+    * a name scope, ``"ip1"`` or the end of a longer one: what leaves it. linen modules, and
+      `jax.named_scope`, are scopes; so are names given by `jax.ad_checkpoint.checkpoint_name`;
+    * an equation, ``"dot_general:3"``: the fourth of this primitive.
+
+    With ``"path:"``, ``"scope:"`` or ``"eqn:"`` before it a name means just that. Values can be
+    differentiated, under `jit`, `vmap`, in loops and with compressed parameters. In a loop of
+    known length they are stacked, an axis for each loop; in a ``while`` loop the last is kept; of
+    a branch that is not taken they are zero; in ``shard_map`` there is one for each device along a
+    first axis.
+
+    Args:
+      fn: function of `(params, ...)`.
+      names: which values.
+
+    Returns:
+      A function of the same arguments that returns `(out, {name: value})`; a tuple where a name
+      means several values. Its attribute ``table(params, *args)`` lists every name there is.
+
+    Raises:
+      ValueError: when called, if there is no such name, or two scopes end like that.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxopt_models as jom
+      >>> def fn(params, x):
+      ...     with jax.named_scope("hidden"):
+      ...         x = jnp.maximum(x @ params["a"], 0.0)
+      ...     return x @ params["b"]
+      >>> params = {"a": jnp.eye(2), "b": jnp.ones((2, 1))}
+      >>> out, found = jom.taps(fn, ["hidden"])(params, jnp.array([[1.0, -2.0]]))
+      >>> found["hidden"]
+      Array([[1., 0.]], dtype=float32)
+    """
+    if isinstance(names, str):
+        names = (names,)
+    names = tuple(names)
+
+    @functools.wraps(fn)
+    def tapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        frame, arrays = take_apart(fn, params, args, kwargs)
+        return (kept if frame.hashable() else run)(frame, arrays)
+
+    def run(frame: Any, arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
+        program = trace(frame, arrays, who="taps", every=True, reached=False)
+        wanted, paths = _resolve(names, program, frame.restore(arrays)[0], name_of(fn))
+        walk = Tapping(wanted=wanted, paths=paths)
+        out = walk.run(program.jaxpr, program.consts, program.operands)
+        found: dict[str, list[Any]] = {name: [] for name in names}
+        for key in sorted(walk.side):
+            found[walk.order[int(key)][0]].append(walk.side[key].value)
+        for name, values in found.items():
+            if not values:
+                raise ValueError(f"taps: {name!r} meets no operation in {name_of(fn)}")
+        return finish(program, out), {
+            n: v[0] if len(v) == 1 else tuple(v) for n, v in found.items()
+        }
+
+    kept = jax.jit(run, static_argnums=0)
+
+    def table(params: Any, *args: Any, **kwargs: Any) -> Table:
+        frame, arrays = take_apart(fn, params, args, kwargs)
+        sites: list[Any] = []
+
+        def look(arrays: list[Any]) -> None:
+            program = trace(frame, arrays, who="taps", every=True, reached=False)
+            sites.extend(_sites(program.jaxpr))
+
+        jax.eval_shape(look, arrays)
+        rows = [("path", p.path, list(p.value.shape)) for p in flatten(params)[0] if not p.reason]
+        for scope, outs in _scopes(sites).items():
+            rows.append(("scope", scope, [list(v.aval.shape) for _, v in outs]))
+        rows += [("eqn", s.label, [list(v.aval.shape) for v in s.eqn.outvars]) for s in sites]
+        return Table(("kind", "name", "shape"), rows, title=f"taps {name_of(fn)}")
+
+    tapped.table = table  # type: ignore[attr-defined]
+    return tapped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """An equation somewhere in a program.
+
+    Args:
+      eqn: the equation.
+      trail: the equations around it, and itself, by identity.
+      scope: its name scope in the whole program.
+      label: its name as an equation.
+      leaving: by scope which of its outputs leave that scope.
+    """
+
+    eqn: Any
+    trail: tuple[int, ...]
+    scope: str
+    label: str
+    leaving: dict[str, list[int]]
+
+
+def _sites(
+    jaxpr: Any, around: tuple[Any, ...] = (), counts: dict[str, int] | None = None
+) -> list[_Site]:
+    counts = {} if counts is None else counts
+    outer = "/".join(s for s in map(scope_of, around) if s)
+    scopes = ["/".join(s for s in (outer, scope_of(e)) if s) for e in jaxpr.eqns]
+    readers: dict[Any, list[str | None]] = {}
+    for e, scope in zip(jaxpr.eqns, scopes, strict=True):
+        for v in e.invars:
+            if hasattr(v, "aval") and not hasattr(v, "val"):
+                readers.setdefault(v, []).append(scope)
+    for v in jaxpr.outvars:
+        if not hasattr(v, "val"):
+            readers.setdefault(v, []).append(None)
+    found = []
+    for e, scope in zip(jaxpr.eqns, scopes, strict=True):
+        name = e.primitive.name
+        n = counts[name] = counts.get(name, -1) + 1
+        leaving: dict[str, list[int]] = {}
+        for i, v in enumerate(e.outvars):
+            for s in _prefixes(scope):
+                if (outer + "/").startswith(s + "/"):
+                    continue  # The scope goes on outside; what leaves it is seen there.
+                if any(r is None or not (r + "/").startswith(s + "/") for r in readers.get(v, [])):
+                    leaving.setdefault(s, []).append(i)
+        if name == "name":
+            leaving.setdefault(e.params["name"], []).append(0)
+        trail = tuple(id(a) for a in (*around, e))
+        found.append(_Site(e, trail, scope, f"{name}:{n}", leaving))
+        if name not in _CLOSED:
+            for body in bodies(e):
+                found += _sites(body, (*around, e), counts)
+    return found
+
+
+def _prefixes(scope: str) -> list[str]:
+    parts = scope.split("/") if scope else []
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _scopes(sites: list[_Site]) -> dict[str, list[tuple[tuple[_Site, int], Any]]]:
+    found: dict[str, list[Any]] = {}
+    for s in sites:
+        for scope, outs in s.leaving.items():
+            found.setdefault(scope, []).extend(((s, i), s.eqn.outvars[i]) for i in outs)
+    return found
+
+
+def _resolve(
+    names: Sequence[str], program: Program, params: Any, fn: str
+) -> tuple[dict[tuple[int, ...], list[tuple[str, int]]], dict[str, str]]:
+    """Returns outputs of equations by trail, and parameters by path, with the names for them."""
+    sites = _sites(program.jaxpr)
+    scopes = _scopes(sites)
+    known = {p.path for p in flatten(params)[0]}
+    labels = {s.label: s for s in sites}
+    wanted: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+    paths: dict[str, str] = {}
+    for full in names:
+        kind, _, rest = full.partition(":")
+        kind, name = (kind, rest) if kind in ("path", "scope", "eqn") else ("", full)
+        if kind in ("", "path") and name in known:
+            paths[name] = full
+            continue
+        if kind in ("", "scope"):
+            ending = [s for s in scopes if ("/" + s).endswith("/" + name)]
+            exact = [name] if name in scopes else ending
+            if len(exact) > 1:
+                raise ValueError(f"taps: {full!r} ends several scopes of {fn}: {exact}; say which")
+            if exact:
+                for (site, i), _ in scopes[exact[0]]:
+                    wanted.setdefault(site.trail, []).append((full, i))
+                continue
+        if kind in ("", "eqn") and name in labels:
+            site = labels[name]
+            for i in range(len(site.eqn.outvars)):
+                wanted.setdefault(site.trail, []).append((full, i))
+            continue
+        raise ValueError(
+            f"taps: {full!r} is neither a parameter, a scope nor an equation of {fn}. Scopes are "
+            f"{sorted(scopes)}, parameters {sorted(known)}; taps(fn, ...).table(params, *args) "
+            "lists everything"
+        )
+    return wanted, paths
+
+
+@dataclasses.dataclass
+class Tapping(Walk):
+    """A walk that emits values.
+
+    Args:
+      wanted: by trail the names and numbers of outputs.
+      paths: names by the path of a parameter.
+      order: name, and what it stands for, of each value emitted.
+    """
+
+    wanted: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    paths: dict[str, str] = dataclasses.field(default_factory=dict)
+    order: list[Any] = dataclasses.field(default_factory=list)
+    collects = True
+
+    def _trail(self, eqn: Any) -> tuple[int, ...]:
+        return tuple(id(e) for e in (*self.around, eqn))
+
+    def wants(self, eqn: Any) -> bool:
+        trail = self._trail(eqn)
+        return any(t[: len(trail)] == trail and len(t) > len(trail) for t in self.wanted)
+
+    def after(self, eqn: Any, found: list[Any]) -> None:
+        for name, i in self.wanted.get(self._trail(eqn), ()):
+            self._tap(name, (self._trail(eqn), i), found[i])
+
+    def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        found = super().use(eqn, operands)
+        for x in operands:
+            for o in x.origins if is_tracked(x) else ():
+                if o.path in self.paths:
+                    self._tap(self.paths[o.path], (self._trail(eqn), 0), found[0])
+        return found
+
+    def _tap(self, name: str, what: Any, value: Any) -> None:
+        if (name, what) not in self.order:
+            self.order.append((name, what))
+        scans = [i + 1 for i, e in enumerate(self._loops()) if e.primitive.name == "scan"]
+        self.emit(f"{self.order.index((name, what)):06d}", dense(value), tuple(scans))
+
+    def _loops(self) -> list[Any]:
+        return [e for e in self.around if e.primitive.name in ("scan", "while")]
+
+    def zero(self, e: Any) -> Any:
+        return Emitted(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), e.value), e.loops)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return b
+
+    def over_mesh(self, name: str, e: Any, axes: tuple[str, ...], typed: bool) -> Any:
+        return Emitted(jax.tree.map(lambda a: a[None], e.value), e.loops)
+
+    def mesh_spec(self, axes: tuple[str, ...]) -> Any:
+        return jax.sharding.PartitionSpec(axes)

@@ -1,0 +1,193 @@
+"""Parameters that also say how their input is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from .._axes import Axes
+from .._encoded import Encoded, is_encoded, leaf, static
+from .._encoder import Encoder, check_keep, check_tensor
+from .._options import whole
+from ._int import divide, positive
+
+
+@leaf
+class WithInput(Encoded):
+    """A parameter, dense or compressed, and the integers its input is rounded to.
+
+    :meth:`materialize` sees the values only. The input is rounded where the parameter is
+    multiplied with one, in :func:`jaxopt_models.accelerate` and
+    :func:`jaxopt_models.simulate`; see :class:`Input`.
+
+    Args:
+      values: array `[*stack, *core]`, or a leaf of that shape.
+      scale: `float32` `[*stack]`; ``None`` where each input has its own.
+      zero_point: `float32` `[*stack]`; ``None`` if symmetric or ``scale`` is ``None``.
+      core: shape of the core tensor.
+      bits: width of an input.
+      per: see :class:`Input`.
+      symmetric: see :class:`Input`.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("values",)
+    around: ClassVar[bool] = True
+    values: Any
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+    core: tuple[int, ...] = static()
+    bits: int = static()
+    per: str = static()
+    symmetric: bool = static()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the values."""
+        return self.values.dtype
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of the values."""
+        return tuple(self.values.shape[: len(self.values.shape) - len(self.core)])
+
+    def rebuild(self) -> jax.Array:
+        """Returns the values of one core tensor."""
+        return self.values.materialize() if is_encoded(self.values) else self.values
+
+    def read(self, x: jax.Array, row: tuple[int, ...]) -> jax.Array:
+        """Rounds an input; ``row`` are the axes of it that one sample extends over."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale, zero = self.scale, self.zero_point
+        if scale is None:
+            axes = row if self.per == "row" else tuple(range(x.ndim))
+            low = jnp.min(wide, axis=axes, keepdims=True, initial=0)
+            high = jnp.max(wide, axis=axes, keepdims=True, initial=0)
+            scale, zero = grid(*jax.lax.stop_gradient((low, high)), self.bits, self.symmetric)
+        elif scale.ndim:
+            raise ValueError(
+                f"an input scale for each of {scale.shape} stacked tensors, used at once; use "
+                "per='row' or 'tensor' for this parameter"
+            )
+        return _round(wide, scale, zero, self.bits, self.symmetric).astype(x.dtype)
+
+    def check(self) -> list[str]:
+        """Checks the values, and the shapes of a static grid."""
+        wrong = self.values.check() if is_encoded(self.values) else []
+        for name in ("scale", "zero_point"):
+            part = getattr(self, name)
+            if part is not None and tuple(part.shape) != self.stack:
+                wrong.append(f"{name} has shape {tuple(part.shape)}, not {self.stack}")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Input(Encoder):
+    r"""Rounds the input of a parameter to integers; the parameter stays as it is.
+
+    .. math:: \hat x = s \, (\mathrm{clip}(\mathrm{round}(x / s) + z) - z)
+
+    Composed with an encoder of the values it makes both operands of a product integers:
+    ``chain(quant.Int(bits=8), quant.Input(bits=8))``. The derivative passes where the input is
+    inside the grid.
+
+    Args:
+      bits: width of an input, 2 to 8.
+      per: what shares a grid: ``"row"``, one sample (a token; an example of a convolution);
+        ``"tensor"``, the whole input, both chosen anew for every input; ``"static"``, all inputs,
+        chosen from the statistics of calibration.
+      symmetric: a grid around zero, or one between the least and the greatest input.
+
+    Raises:
+      TypeError: if ``bits`` is no whole number.
+      ValueError: for a width outside 2 to 8, another ``per``, or, when called, a static grid
+        without statistics.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> small = jom.compress({"w": jnp.eye(2)}, [jom.Rule("w", jom.quant.Input(bits=2))])
+      >>> jom.simulate(lambda p, x: x @ p["w"])(small, jnp.array([[1.0, -0.9], [0.1, 0.2]]))
+      Array([[ 1. , -1. ],
+             [ 0. ,  0.2]], dtype=float32)
+
+    References:
+      Jacob et al., `Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference <https://arxiv.org/abs/1712.05877>`_, 2018
+    """
+
+    bits: int
+    _: dataclasses.KW_ONLY
+    per: Literal["row", "tensor", "static"] = "row"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", whole(self.bits, "Input: bits"))
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"Input: bits={self.bits!r} is not a width of 2 to 8")
+        if self.per not in ("row", "tensor", "static"):
+            raise ValueError(f"Input: per={self.per!r} is not 'row', 'tensor' or 'static'")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The range of the input, where it is fixed."""
+        return ("minmax",) if self.per == "static" else ()
+
+    def __call__(
+        self,
+        w: Any,
+        *,
+        axes: Axes | None = None,
+        keep: Any = None,
+        stats: Any = None,
+        key: Any = None,
+    ) -> WithInput:
+        """Puts the grid around ``w``; see :class:`Input`."""
+        if keep is not None:
+            check_keep(keep, w.shape)
+            raise ValueError("Input keeps the values as they are; give keep= to their encoder")
+        if is_encoded(w):
+            values = w.values if isinstance(w, WithInput) else w
+            stack = len(w.stack)
+        else:
+            check_tensor(w)
+            values, stack = jnp.asarray(w), (axes or Axes()).resolve(jnp.ndim(w)).stack
+        scale = zero = None
+        if self.per == "static":
+            if stats is None or "minmax" not in stats.names:
+                raise ValueError(f"{self} needs the statistics ['minmax']; calibrate first")
+            seen = tuple(range(stack, stats.minmax.min.ndim))
+            low, high = jnp.min(stats.minmax.min, axis=seen), jnp.max(stats.minmax.max, axis=seen)
+            hit = low <= high  # Otherwise the layer saw no input; any grid will do.
+            low, high = jnp.where(hit, low, 0), jnp.where(hit, high, 0)
+            scale, zero = grid(jnp.minimum(low, 0), jnp.maximum(high, 0), self.bits, self.symmetric)
+        core = tuple(values.shape[stack:])
+        return WithInput(values, scale, zero, core, self.bits, self.per, self.symmetric)
+
+
+def grid(low: Any, high: Any, bits: int, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Returns scale and zero point of the integers between two values, zero among them."""
+    if symmetric:
+        return positive(divide(jnp.maximum(-low, high), 2 ** (bits - 1) - 1)), None
+    scale = positive(divide(high - low, 2**bits - 1))
+    return scale, jnp.round(-low / scale)
+
+
+def _round(x: jax.Array, scale: Any, zero: Any, bits: int, symmetric: bool) -> jax.Array:
+    low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    scale = scale.reshape(scale.shape or (1,) * x.ndim)
+    zero = jnp.zeros_like(scale) if zero is None else zero.reshape(scale.shape)
+
+    @jax.custom_jvp
+    def rounded(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+        return scale * (jnp.clip(jnp.round(x / scale) + zero, low, high) - zero)
+
+    @rounded.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        x, scale, zero = primals
+        q = x / scale + zero
+        inside = (q >= low - 0.5) & (q <= high + 0.5)
+        return rounded(*primals), jnp.where(inside, tangents[0], 0)
+
+    return rounded(x, scale, zero)
