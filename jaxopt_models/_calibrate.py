@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ._axes import Axes
 from ._call import Frame, name_of, take_apart, trace
 from ._encoded import is_encoded
+from ._jaxpr import varying
 from ._paths import flatten
 from ._products import product_of
 from ._progress import bar
@@ -298,16 +299,14 @@ class Calibrating(Walk):
 
     def over_mesh(self, name: str, e: Any, axes: tuple[str, ...], typed: bool) -> Any:
         (_, r, _), _ = self.seen[name]
-        varying = jax.typeof(e.value["count"]).vma | frozenset().union(
-            *(jax.typeof(a).vma for a in jax.tree.leaves(e.value))
-        )
-        once = [a for a in axes if a in r.copied or (typed and a not in varying)]
-        if once:
-            first = math.prod([(jax.lax.axis_index(a) == 0).astype(jnp.int32) for a in once])
-            value = jax.tree.map(
-                lambda a, z: jnp.where(first > 0, a, z), e.value, self._neutral(e.value)
-            )
-            e = Emitted(value, e.loops)
+        varied = frozenset().union(*map(varying, jax.tree.leaves(e.value)))
+        once = [a for a in axes if a in r.copied or (typed and a not in varied)]
+        # Of devices that see the same input one counts. The condition names every axis, so that
+        # what it chooses varies along all of them, as the sum over them asks.
+        counts = [jax.lax.axis_index(a) <= (0 if a in once else jnp.inf) for a in axes]
+        mine = functools.reduce(jnp.logical_and, counts)
+        value = jax.tree.map(lambda a, z: jnp.where(mine, a, z), e.value, self._neutral(e.value))
+        e = Emitted(value, e.loops)
         states = {n: STATISTICS[n].over(s, axes) for n, s in e.value["states"].items()}
         rest = {k: jax.lax.psum(v, axes) for k, v in e.value.items() if k != "states"}
         return Emitted({"states": states, **rest}, e.loops)

@@ -55,3 +55,8 @@ def scope_of(eqn: Any) -> str:
 def is_literal(v: Any) -> bool:
     """Says whether an operand of an equation is a number written into it."""
     return isinstance(v, jex.Literal)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Returns the mesh axes along which JAX knows an array to vary inside ``shard_map``."""
+    return jax.typeof(x).manual_axis_type.varying

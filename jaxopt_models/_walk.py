@@ -395,7 +395,7 @@ def _cond(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 def _shard_map(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     p = eqn.params
-    axes = tuple(p["newly_manual_axes"])
+    axes = tuple(a for a in p["mesh"].axis_names if a in p["newly_manual_axes"])
     run = walk.body(eqn, *inner(p))
     shapes = [tuple(v.aval.shape) for v in eqn.invars]
     triples = [
