@@ -139,21 +139,21 @@ def calibrate(
       (Array([2., 2., 2.], dtype=float32), Array(16., dtype=float32))
     """
     wanted, recipe = _wanted(params, what)
-    seen: dict[Any, Any] = {}
+    ledger = Ledger()
     kept: Any = None
 
     def add(frame: Frame, arrays: list[Any], total: Any) -> Any:
         program = trace(frame, arrays, who="calibrate", every=True)
-        walk = Calibrating(wanted=wanted, gram_rows=gram_rows, seen=seen)
+        walk = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
         walk.run(program.jaxpr, program.consts, program.operands)
-        missing.update({p.path: "it is not in the program" for p in program.unreached})
+        for p in program.unreached:
+            ledger.reasons.setdefault(p.path, "it is not in the program")
         if total is None:
             return walk.side
         both = dataclasses.replace(walk, side=dict(total))
         both.emit_all(walk.side)
         return both.side
 
-    missing: dict[str, str] = {}
     compiled = jax.jit(add, static_argnums=0, donate_argnums=2)
     given = list(batches) if not hasattr(batches, "__len__") and progress else batches
     with bar("calibrate", len(given) if hasattr(given, "__len__") else 0, show=progress) as step:
@@ -166,13 +166,13 @@ def calibrate(
             frame, arrays = take_apart(fn, params, batch, {})
             if kept is None:
                 shapes = jax.eval_shape(functools.partial(add, frame), arrays, None)
-                empty = Calibrating(wanted=wanted, gram_rows=gram_rows, seen=seen)
+                empty = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
                 kept = {k: empty.zero(e) for k, e in shapes.items()}
             kept = compiled(frame, arrays, kept)
             step("")
     if kept is None:
         raise ValueError("calibrate: there is no batch; give at least one tuple of arguments")
-    return _calibration(params, kept, seen, missing, recipe, name_of(fn))
+    return _calibration(params, kept, ledger, recipe, name_of(fn))
 
 
 def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
@@ -197,6 +197,41 @@ def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
     return lambda path: what, {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A way in which a parameter is used; statistics of equal ones add up."""
+
+    path: str
+    roles: Roles
+    loops: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What is emitted under which name, and why not.
+
+    Args:
+      uses: each use; its name is its number.
+      multiply_adds: the most of each.
+      reasons: by path why a use has no statistics.
+      partly: by path why it has not all.
+    """
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    multiply_adds: list[int] = dataclasses.field(default_factory=list)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    partly: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def name(self, use: Use, multiply_adds: int) -> str:
+        """Returns the name of a use."""
+        if use not in self.uses:
+            self.uses.append(use)
+            self.multiply_adds.append(0)
+        i = self.uses.index(use)
+        self.multiply_adds[i] = max(self.multiply_adds[i], multiply_adds)
+        return f"{i:06d}"
+
+
 @dataclasses.dataclass
 class Calibrating(Walk):
     """A walk that emits the statistics of inputs.
@@ -204,13 +239,12 @@ class Calibrating(Walk):
     Args:
       wanted: from a path to the names of its statistics.
       gram_rows: most rows of a gram.
-      seen: by name of what is emitted its `(path, roles, multiply-adds)`; and by `("missing",
-        path)` why a use has no statistics.
+      ledger: what is emitted under which name.
     """
 
     wanted: Any = None
     gram_rows: int = 0
-    seen: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
     collects = True
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -218,7 +252,7 @@ class Calibrating(Walk):
             for o in x.origins if is_tracked(x) else ():
                 why = self._read(eqn, operands, i, o)
                 if why:
-                    self.seen.setdefault(("missing", o.path), why)
+                    self.ledger.reasons.setdefault(o.path, why)
         return super().use(eqn, operands)
 
     def _read(self, eqn: Any, operands: Sequence[Any], i: int, o: Any) -> str:
@@ -234,7 +268,7 @@ class Calibrating(Walk):
             return r
         if "gram" in names and r.rows > self.gram_rows:
             names = tuple(n for n in names if n != "gram")
-            self.seen[("no gram", o.path)] = f"gram of {r.rows} rows is beyond gram_rows"
+            self.ledger.partly[o.path] = f"gram of {r.rows} rows is beyond gram_rows"
         other = jax.lax.stop_gradient(dense(other))
         if product.lookup:
             counts, samples = product.counts(other)
@@ -248,19 +282,9 @@ class Calibrating(Walk):
             count = jnp.full(lead, samples, jnp.float32)
             broken = sum(jnp.sum(~jnp.isfinite(b)) for b in blocks)
             broken = jnp.asarray(broken, jnp.int32)
-        name = self._name(o, r, product.multiply_adds * self.times)
+        name = self.ledger.name(Use(o.path, r, o.loops), product.multiply_adds * self.times)
         self.emit(name, self._placed(states, count, broken, o, r), o.loops)
         return ""
-
-    def _name(self, o: Any, r: Roles, multiply_adds: int) -> str:
-        key = (o.path, r, o.loops)
-        for name, (found, most) in self.seen.items():
-            if isinstance(name, str) and found == key:
-                self.seen[name] = (found, max(most, multiply_adds))
-                return name
-        name = f"{len(self.seen):06d}"
-        self.seen[name] = (key, multiply_adds)
-        return name
 
     def _rows(self, blocks: list[jax.Array], r: Roles) -> list[jax.Array]:
         if r.places is not None:
@@ -298,7 +322,7 @@ class Calibrating(Walk):
         return Emitted(_merged(a.value, b.value), a.loops)
 
     def over_mesh(self, name: str, e: Any, axes: tuple[str, ...], typed: bool) -> Any:
-        (_, r, _), _ = self.seen[name]
+        r = self.ledger.uses[int(name)].roles
         varied = frozenset().union(*map(varying, jax.tree.leaves(e.value)))
         once = [a for a in axes if a in r.copied or (typed and a not in varied)]
         # Of devices that see the same input one counts. The condition names every axis, so that
@@ -335,18 +359,17 @@ def _put(x: jax.Array, r: Roles, fill: float) -> jax.Array:
     return jnp.full((*x.shape[:-1], r.rows), fill, x.dtype).at[..., places].set(x, mode="drop")
 
 
-def _calibration(
-    params: Any, kept: Any, seen: Any, missing: Any, recipe: Any, name: str
-) -> Calibration:
+def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str) -> Calibration:
     found: dict[str, list[tuple[int, Stats]]] = {}
     for key, e in kept.items():
-        (path, r, _), multiply_adds = seen[key]
+        use, multiply_adds = ledger.uses[int(key)], ledger.multiply_adds[int(key)]
+        path = use.path
         if int(jnp.sum(e.value["broken"])):
             raise ValueError(
                 f"calibrate: the input of {path} in {name} holds NaN or Inf; check the batches, "
                 "or the layers before it"
             )
-        stats = _stats(e.value, r)
+        stats = _stats(e.value, use.roles)
         same = found.setdefault(path, [])
         for i, (most, s) in enumerate(same):
             if (s.axes, s.groups, s.names) == (stats.axes, stats.groups, stats.names):
@@ -365,8 +388,10 @@ def _calibration(
         if uses := sorted(found.get(p.path, []), key=lambda u: -u[0]):
             first, *others = [s for _, s in uses]
             result[p.path] = dataclasses.replace(first, others=tuple(others))
-        if (reason := seen.get(("no gram", p.path))) or p.path not in result:
-            why[p.path] = reason or missing.get(p.path) or seen.get(("missing", p.path), "no use")
+        if p.path in ledger.partly:
+            why[p.path] = ledger.partly[p.path]
+        elif p.path not in result:
+            why[p.path] = ledger.reasons.get(p.path, "it meets nothing")
     lacking = [p for p, needs in recipe.items() if needs and p not in result]
     if lacking:
         raise ValueError(
