@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ._axes import Matrix
-from ._bits import packed_layout, unpack_codes
+from ._bits import has_planes, packed_layout, unpack_codes
 from ._encoded import Encoded
 
 
@@ -47,6 +49,24 @@ class Coded(Encoded):
         """Unpacks the codes: `int32`, shape of the tensor."""
         n = self.core[-1] if self.core else 1
         return unpack_codes(self.codes, n, bits=self.bits, signed=self.signed).reshape(self.shape)
+
+    def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
+        """Divides codes as the tensor, and what belongs to each output with the outputs."""
+        axes = [*spec, *[None] * (self.ndim - len(spec))]
+        if self.core and axes[-1] is not None and has_planes(self.bits) and local[-1] % 8:
+            return None
+        n = len(self.stack)
+        last = self._last_spec(axes[n:], local[n:])
+        if last is NotImplemented:
+            return None
+        planes = (*axes[:-1], None, axes[-1]) if has_planes(self.bits) and axes else axes
+        meaning = PartitionSpec(*axes[:n], *(axes[n + a] for a in self.out), last)
+        rest = {k: meaning for k in self.parts() if k != "codes"}
+        return dataclasses.replace(self, codes=PartitionSpec(*planes), **rest)
+
+    def _last_spec(self, core: list[Any], local: tuple[int, ...]) -> Any:
+        """Returns how the last axis of :attr:`meaning` is divided, if it can be."""
+        return None
 
     def check(self) -> list[str]:
         """Checks the layout of the codes and their meaning."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ._bits import array_bits, pack_bits, packed_length, unpack_bits
 
@@ -270,6 +271,15 @@ class Masked(Encoded):
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the mask."""
         return tuple(self.mask.shape[: self.mask.ndim - max(1, len(self.core))])
+
+    def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
+        """Divides mask and values as the tensor, where a shard has whole bytes of the mask."""
+        axes = [*spec, *[None] * (self.ndim - len(spec))]
+        if axes and axes[-1] is not None and local[-1] % 8:
+            return None
+        values = self.values.specs(spec, local) if is_encoded(self.values) else spec
+        mask = PartitionSpec(*axes)
+        return None if values is None else dataclasses.replace(self, mask=mask, values=values)
 
     def keep(self) -> jax.Array:
         """Unpacks the mask: booleans of the shape of the tensor."""

@@ -45,6 +45,7 @@ from ._encoded import is_encoded
 from ._jaxpr import bind, inner, is_literal, scan_counts, scope_of
 from ._kernels import pick
 from ._products import Product, product_of
+from ._roles import Roles, roles
 from ._tracked import (
     ARITHMETIC,
     ENTRYWISE,
@@ -223,8 +224,12 @@ def _read(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]
     for i, x in enumerate(values):
         product = product_of(eqn, i) if packed(x) and readers(x) else ""
         if isinstance(product, Product) and not product.lookup and not is_tracked(operands[1 - i]):
+            found = [roles(o, product) for o in operands[i].origins]
+            over = [
+                n for r in found if isinstance(r, Roles) for _, names in r.gathered for n in names
+            ]
             for leaf in readers(x):
-                arrays[1 - i] = leaf.read(arrays[1 - i], product.row)
+                arrays[1 - i] = leaf.read(arrays[1 - i], product.row, tuple(dict.fromkeys(over)))
     return arrays
 
 

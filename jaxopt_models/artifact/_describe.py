@@ -24,12 +24,15 @@ from .._axes import Matrix
 from .._encoded import Encoded, Masked
 from ..codebook._clustered import Clustered
 from ..quant._quantized import Quantized
+from ..quant._with_input import WithInput
 from ._errors import ArtifactError, brief
 from ._masks import MaskLayout
 from ._symbols import Coder
 
 ARRAY, KEYS, MASK, CODES = 0, 1, 2, 3
-BUILT_IN: dict[str, type[Encoded]] = {c.__name__: c for c in (Masked, Quantized, Clustered)}
+BUILT_IN: dict[str, type[Encoded]] = {
+    c.__name__: c for c in (Masked, Quantized, Clustered, WithInput)
+}
 
 _MINI = {n for n in dir(ml_dtypes) if n.startswith(("float4", "float6", "float8"))}
 _FLOATS = {"float16", "float32", "float64", "bfloat16"} | _MINI
@@ -180,10 +183,10 @@ def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], depth: int) -> Descr
         )
     if shape:
         return Described(kind, _shape(shape[0]), "", tuple(pieces), entries)
-    fits = _masked_fits if cls is Masked else _codes_fit
+    fits = {Masked: _masked_fits, WithInput: _input_fits}.get(cls, _codes_fit)
     _need(fits(cls, fields, below), d)
     whole = below[cls.part_names[0]].shape
-    dtype = below["values"].dtype if cls is Masked else fields["dtype_name"]
+    dtype = below["values"].dtype if "values" in below else fields["dtype_name"]
     return Described(kind, whole, dtype, tuple(pieces), entries)
 
 
@@ -191,6 +194,23 @@ def _masked_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described])
     if set(parts) != {"mask", "values"} or parts["values"].kind == "keys":
         return False
     return parts["mask"].shape == parts["values"].shape
+
+
+def _input_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    """Checks what `WithInput` asks of its parts."""
+    if "values" not in parts or parts["values"].dtype not in _FLOATS:
+        return False
+    options = type(fields["bits"]) is int and 2 <= fields["bits"] <= 8
+    options = options and fields["per"] in ("row", "tensor", "static")
+    options = options and type(fields["symmetric"]) is bool
+    has = {"values"}
+    if fields["per"] == "static":
+        has |= {"scale"} if fields["symmetric"] else {"scale", "zero_point"}
+    core, shape = fields["core"], parts["values"].shape
+    stack = shape[: len(shape) - len(core)]
+    grids = [parts[k] for k in parts if k != "values"]
+    fits = all(g.kind == "dense" and g.shape == stack and g.dtype in _FLOATS for g in grids)
+    return options and set(parts) == has and fits and shape[len(stack) :] == core
 
 
 def _codes_fit(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,16 @@ class Quantized(Coded):
                 m.rows, m.columns
             )
         )
+
+    def _last_spec(self, core: list[Any], local: tuple[int, ...]) -> Any:
+        inner = [a for a in range(len(self.core)) if a not in self.out]
+        divided = [a for a in inner if core[a] is not None]
+        groups = self.scale.shape[-1]
+        if not divided or groups == 1:
+            return None
+        shards = self.core[inner[0]] // local[inner[0]]
+        # Runs go along all inputs in order: a shard has whole ones if the first axis is divided.
+        return core[inner[0]] if divided == inner[:1] and groups % shards == 0 else NotImplemented
 
     def check(self) -> list[str]:
         """Checks also the groups and the zero points."""

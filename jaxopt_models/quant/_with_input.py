@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from .._axes import Axes
 from .._encoded import Encoded, is_encoded, leaf, static
@@ -57,15 +58,34 @@ class WithInput(Encoded):
         """Returns the values of one core tensor."""
         return self.values.materialize() if is_encoded(self.values) else self.values
 
-    def read(self, x: jax.Array, row: tuple[int, ...]) -> jax.Array:
-        """Rounds an input; ``row`` are the axes of it that one sample extends over."""
+    def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
+        """Divides the values as the tensor, and the grid with the stack."""
+        values = self.values.specs(spec, local) if is_encoded(self.values) else spec
+        grid = PartitionSpec(*[*spec][: len(self.stack)])
+        rest = {k: grid for k in self.parts() if k != "values"}
+        return None if values is None else dataclasses.replace(self, values=values, **rest)
+
+    def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...] = ()) -> jax.Array:
+        """Rounds an input.
+
+        Args:
+          x: the input.
+          row: axes of it that one sample extends over.
+          over: mesh axes along which ``shard_map`` divides a sample.
+
+        Returns:
+          Values on the grid, in shape and type of ``x``.
+        """
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scale, zero = self.scale, self.zero_point
         if scale is None:
             axes = row if self.per == "row" else tuple(range(x.ndim))
             low = jnp.min(wide, axis=axes, keepdims=True, initial=0)
             high = jnp.max(wide, axis=axes, keepdims=True, initial=0)
-            scale, zero = grid(*jax.lax.stop_gradient((low, high)), self.bits, self.symmetric)
+            low, high = jax.lax.stop_gradient((low, high))
+            if over:
+                low, high = -jax.lax.pmax(-low, over), jax.lax.pmax(high, over)
+            scale, zero = grid(low, high, self.bits, self.symmetric)
         elif scale.ndim:
             raise ValueError(
                 f"an input scale for each of {scale.shape} stacked tensors, used at once; use "
