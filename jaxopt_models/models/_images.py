@@ -28,3 +28,13 @@ def halve(x: jax.Array) -> jax.Array:
     """
     b, h, w, c = x.shape
     return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
+def colors(images: jax.Array) -> jax.Array:
+    """Checks that images are floats `[B, H, W, 3]`, normalized by the caller."""
+    images = jnp.asarray(images)
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images have shape {images.shape}; give [B, H, W, 3].")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images have dtype {images.dtype}; give normalized floats.")
+    return images
