@@ -58,8 +58,8 @@ def explain(fn: Any, params: Any, args: Any, kwargs: Any) -> Table:
         COLUMNS,
         rows,
         title=f"explain {name_of(fn)}",
-        notes=[_note(rows)],
-        data={"multiply_adds": sum(row[7] for row in rows)},
+        notes=[_note(walk.totals)],
+        data={"multiply_adds": sum(n for n, _ in walk.totals.values())},
     )
 
 
@@ -69,8 +69,8 @@ COLUMNS = (
 )
 
 
-def _note(rows: Sequence[Any]) -> str:
-    with_, without = (sum(r[7] for r in rows if bool(r[0]) == named) for named in (True, False))
+def _note(totals: dict[Any, tuple[int, bool]]) -> str:
+    with_, without = (sum(n for n, met in totals.values() if met == w) for w in (True, False))
     return f"multiply-adds: {with_:,} with parameters, {without:,} between other values"
 
 
@@ -80,9 +80,11 @@ class Explaining(Walk):
 
     Args:
       rows: by the equation, and those around it, and the path.
+      totals: multiply-adds by the equation, and whether it meets a parameter.
     """
 
     rows: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    totals: dict[Any, tuple[int, bool]] = dataclasses.field(default_factory=dict)
 
     def wants(self, eqn: Any) -> bool:
         return bool(multiply_adds(eqn)) or any(map(_multiplies, bodies(eqn)))
@@ -116,6 +118,8 @@ class Explaining(Walk):
             notes.append("its input is not rounded here")
         other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
         costs = multiply_adds(eqn)
+        if not isinstance(product, str) and isinstance(r, Roles):
+            costs = costs * r.share[0] // r.share[1]
         note = "; ".join(n for n in notes if n)
         self._row(eqn, o.path, axes, eqn.invars[i].aval.shape, other, costs, runs, note)
 
@@ -138,6 +142,7 @@ class Explaining(Walk):
         name = eqn.primitive.name + (f" ({self.scope(eqn)})" if self.scope(eqn) else "")
         shapes = [None if s is None else list(s) for s in (mine, other, out)]
         note = "; ".join([*where, note] if note else where)
+        self.totals[key[:-1]] = multiply_adds(eqn) * self.times, bool(path)
         self.rows[key] = (path, name, axes, *shapes, self.times, costs * self.times, runs, note)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ._bits import is_concrete
 from ._encoded import is_encoded
 
 PyTree = Any
@@ -85,10 +86,10 @@ def _of_nnx(model: Any, method: str, mutable: bool) -> tuple[Callable[..., Any],
     graphdef, state = nnx.split(model)
     params = _detached(state)
 
-    def rest(module: Any) -> dict[str, Any]:
-        """Everything but random state and what was sown, by path."""
-        _, _, state = nnx.split(module, (nnx.RngState, nnx.Intermediate), ...)
-        return _by_path(state)
+    def rest(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights, and everything but these, random state and what was sown, by path."""
+        _, _, weights, state = nnx.split(module, (nnx.RngState, nnx.Intermediate), nnx.Param, ...)
+        return _by_path(weights), _by_path(state)
 
     def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         # Variables are boxes that the call writes into: it gets boxes of its own.
@@ -97,7 +98,12 @@ def _of_nnx(model: Any, method: str, mutable: bool) -> tuple[Callable[..., Any],
         out = getattr(module, method)(*args, **kwargs)
         after = rest(module)
         if not mutable:
-            changed = [p for p in {**before, **after} if before.get(p) is not after.get(p)]
+            changed = [
+                p
+                for old, new, state in zip(before, after, (False, True), strict=True)
+                for p in {**old, **new}
+                if _differs(old.get(p), new.get(p), traced=state)
+            ]
             if changed:
                 raise ValueError(_changed(name, changed))
             return out
@@ -188,6 +194,20 @@ def _changed(name: str, what: list[str]) -> str:
         f"{name}: the call changed state that would be lost: {', '.join(what)}. Pass mutable=True "
         "to functional, and fn returns (out, new_params); or call the model in evaluation mode."
     )
+
+
+def _differs(old: Any, new: Any, *, traced: bool) -> bool:
+    """Says whether a call changed an array; ``traced`` is the answer where only JAX will know.
+
+    Transforms such as `nnx.remat` and `nnx.jit` hand every variable back as a new array, so
+    arrays are compared, and traced weights are taken to be what they were.
+    """
+    if old is new:
+        return False
+    if old is None or new is None or not (is_concrete(old) and is_concrete(new)):
+        return old is None or new is None or traced
+    same = old.shape == new.shape and old.dtype == new.dtype
+    return not (same and bool((old == new).all()))
 
 
 def _same_structure(name: str, old: PyTree, new: PyTree) -> PyTree:

@@ -38,6 +38,8 @@ class Roles:
       groups: `(axis of the core, count)` for the other leading axes.
       gathered: `(in axis, mesh axes)`, where shards have to be put together.
       copied: mesh axes along which devices see the same input.
+      share: how much of the operand it is, in entries: `(its, all)`; less than all where it is
+        concatenated with others.
     """
 
     axes: Axes
@@ -53,6 +55,7 @@ class Roles:
     groups: tuple[tuple[int, int], ...]
     gathered: tuple[tuple[int, Any], ...] = ()
     copied: tuple[Any, ...] = ()
+    share: tuple[int, int] = (1, 1)
 
 
 def pull(
@@ -279,6 +282,10 @@ def _read(
         groups=tuple(groups),
         gathered=tuple(gathered),
         copied=tuple(copied),
+        share=(
+            math.prod(int(v.sum()) for v in lines.valid[t:]),
+            math.prod(v.size for v in lines.valid[t:]),
+        ),
     )
 
 

@@ -302,36 +302,60 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     jaxpr, jaxpr_consts = inner(p)
     n, m = scan_counts(p)
     consts, xs = operands[:n], operands[n + m :]
-    carry = [dense(x) for x in operands[n : n + m]]
+    carry = _Carry(operands[n : n + m], jaxpr.invars[n : n + m], jaxpr.outvars[:m])
     depth = walk.depth + 1
     run = walk.body(eqn, jaxpr, jaxpr_consts, loop=True, times=p["length"])
     shapes = [tuple(v.aval.shape) for v in eqn.invars[n + m :]]
     pairs = [_slices(x, shape, depth) for x, shape in zip(xs, shapes, strict=True)]
     parts, opened = [value for value, _ in pairs], [open_ for _, open_ in pairs]
 
-    def once(carry: Any, parts: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    def once(moving: Any, parts: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
         slices = [open_(part) for open_, part in zip(opened, parts, strict=True)]
-        out, side = run(*consts, *carry, *slices)
-        return out[:m], out[m:], side
+        out, side = run(*consts, *carry.full(moving), *slices)
+        return carry.moving(out[:m]), out[m:], side
 
     sums: dict[str, Any] = {}
     if walk.collects:
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), parts)
-        side = jax.eval_shape(once, carry, one)[2]
+        side = jax.eval_shape(once, carry.start, one)[2]
         sums = {k: walk.zero(e) for k, e in side.items() if depth not in e.loops}
 
-    def body(carry: Any, parts: Any) -> tuple[Any, Any]:
-        carry, sums = carry
-        carry, ys, side = once(carry, parts)
+    def body(state: Any, parts: Any) -> tuple[Any, Any]:
+        moving, sums = state
+        moving, ys, side = once(moving, parts)
         sums = {k: walk.merge(old, side.pop(k)) for k, old in sums.items()}
-        return (carry, sums), (ys, side)
+        return (moving, sums), (ys, side)
 
-    (carry, sums), (ys, side) = jax.lax.scan(
-        body, (carry, sums), parts, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    (moving, sums), (ys, side) = jax.lax.scan(
+        body,
+        (carry.start, sums),
+        parts,
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
     )
     walk.emit_all(sums)
     walk.emit_all(side)
-    return [*carry, *ys]
+    return [*carry.full(moving), *ys]
+
+
+class _Carry:
+    """What a loop carries; parameters that it hands on unchanged stay outside, as constants."""
+
+    def __init__(self, values: Sequence[Any], before: Sequence[Any], after: Sequence[Any]):
+        self.values = values
+        kept = zip(values, before, after, strict=True)
+        self.still = [is_tracked(x) and a is b for x, b, a in kept]
+        self.start = [dense(x) for x in self.moving(values)]
+
+    def moving(self, values: Sequence[Any]) -> list[Any]:
+        """Returns the values that change."""
+        return [x for x, still in zip(values, self.still, strict=True) if not still]
+
+    def full(self, moving: Sequence[Any]) -> list[Any]:
+        """Returns all of them."""
+        left = iter(moving)
+        return [x if s else next(left) for x, s in zip(self.values, self.still, strict=True)]
 
 
 def _slices(x: Any, shape: tuple[int, ...], depth: int) -> tuple[Any, Callable[[Any], Any]]:
@@ -351,31 +375,35 @@ def _slices(x: Any, shape: tuple[int, ...], depth: int) -> tuple[Any, Callable[[
 def _while(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     p = eqn.params
     n, m = p["cond_nconsts"], p["body_nconsts"]
+    body_jaxpr, body_consts = inner(p, "body_jaxpr")
     test = walk.body(eqn, *inner(p, "cond_jaxpr"), loop=True, times=None)
-    run = walk.body(eqn, *inner(p, "body_jaxpr"), loop=True, times=None)
+    run = walk.body(eqn, body_jaxpr, body_consts, loop=True, times=None)
     for_test, for_body = operands[:n], operands[n : n + m]
-    carry = [dense(x) for x in operands[n + m :]]
+    carry = _Carry(operands[n + m :], body_jaxpr.invars[m:], body_jaxpr.outvars)
 
-    def once(carry: Any) -> tuple[list[Any], dict[str, Any]]:
+    def once(moving: Any) -> tuple[list[Any], dict[str, Any]]:
         # What the condition emits is collected here, where it can be carried; the last time,
         # when it ends the loop, is not.
-        side = test(*for_test, *carry)[1] if walk.collects else {}
-        out, found = run(*for_body, *carry)
+        side = test(*for_test, *carry.full(moving))[1] if walk.collects else {}
+        out, found = run(*for_body, *carry.full(moving))
         both = dataclasses.replace(walk, side=dict(side))
         both.emit_all(found)
-        return out, both.side
+        return carry.moving(out), both.side
 
-    side = jax.eval_shape(once, carry)[1] if walk.collects else {}
+    side = jax.eval_shape(once, carry.start)[1] if walk.collects else {}
     sums = {k: walk.zero(e) for k, e in side.items()}
 
-    def body(carry: Any) -> Any:
-        carry, sums = carry
-        carry, side = once(carry)
-        return carry, {k: walk.merge(old, side[k]) for k, old in sums.items()}
+    def body(state: Any) -> Any:
+        moving, sums = state
+        moving, side = once(moving)
+        return moving, {k: walk.merge(old, side[k]) for k, old in sums.items()}
 
-    out, sums = jax.lax.while_loop(lambda c: test(*for_test, *c[0])[0][0], body, (carry, sums))
+    def goes_on(state: Any) -> Any:
+        return test(*for_test, *carry.full(state[0]))[0][0]
+
+    moving, sums = jax.lax.while_loop(goes_on, body, (carry.start, sums))
     walk.emit_all(sums)
-    return out
+    return carry.full(moving)
 
 
 def _cond(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:

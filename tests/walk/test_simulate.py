@@ -158,7 +158,7 @@ def test_errors():
         quant.Input(bits=9)
     with pytest.raises(ValueError, match="per='token' is not"):
         quant.Input(bits=8, per="token")
-    with pytest.raises(ValueError, match="w: .* needs the statistics"):
+    with pytest.raises(ValueError, match=r"w: .* needs the statistics"):
         small_of({"w": W}, quant.Input(bits=8, per="static"))
     with pytest.raises(ValueError, match="keeps the values as they are"):
         quant.Input(bits=8)(W, keep=W > 0)
