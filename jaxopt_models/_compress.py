@@ -107,6 +107,9 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as e:
+        if type(e) not in (ValueError, TypeError):  # JAX's own, which take more than a message
+            e.add_note(where)
+            raise
         raise type(e)(f"{where}: {e}") from e
 
 

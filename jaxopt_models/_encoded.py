@@ -99,7 +99,7 @@ class Encoded:
         inner = [p.kind() for p in self.parts().values() if isinstance(p, Encoded)]
         return type(self).__name__ + (f"({', '.join(inner)})" if inner else "")
 
-    def __jax_array__(self) -> jax.Array:
+    def __jax_array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
             f"a compressed parameter ({self.kind()} of shape {list(self.shape)}) was used as an "
             "array. Call jaxopt_models.accelerate(fn)(params, ...), where fn takes the parameters "
@@ -107,8 +107,10 @@ class Encoded:
             "first: jaxopt_models.materialize(params)"
         )
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__jax_array__()
+    # Whatever is done to an array that a leaf stands for says the same.
+    __array__ = __getitem__ = __jax_array__
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = __pow__ = __jax_array__
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __jax_array__
 
     def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
         """Returns how the parts are divided when the tensor is, or ``None`` if they cannot be.

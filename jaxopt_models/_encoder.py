@@ -164,9 +164,11 @@ def check_tensor(w: Any) -> None:
         raise TypeError(f"expected a real floating tensor, got {w.dtype}; keep it dense (None)")
     if math.prod(w.shape) == 0:
         raise ValueError(f"the tensor is empty, shape {tuple(w.shape)}; keep it dense (None)")
-    if is_concrete(w) and (bad := int(_not_finite(w))):
+    # Under a trace even the count of a constant is not known yet.
+    bad = _not_finite(w) if is_concrete(w) else 0
+    if is_concrete(bad) and int(bad):
         raise ValueError(
-            f"{bad} of {math.prod(w.shape)} entries are NaN or Inf; repair the weights first "
+            f"{int(bad)} of {math.prod(w.shape)} entries are NaN or Inf; repair the weights first "
             "(a diverged training run, or a mask applied as -inf)"
         )
 

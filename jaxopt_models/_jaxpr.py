@@ -42,6 +42,11 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Applies the primitive of an equation to dense operands."""
     found = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = ([], found) if isinstance(found, dict) else found
+    if eqn.primitive.name == "pvary":
+        # A rebuilt weight varies already where it was made to wait for its input.
+        params = {**params, "axes": tuple(set(params["axes"]) - varying(operands[0]))}
+        if not params["axes"]:
+            return list(operands)
     with jax.named_scope(scope_of(eqn)):
         out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -1,0 +1,206 @@
+"""The table of what each parameter meets, the errors, and the calls that are kept."""
+
+import inspect
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import export, lax
+
+import jaxopt_models as jom
+from jaxopt_models import _kernels, models, quant
+from jaxopt_models._kernels import Kernel
+from jaxopt_models._tracked import track
+from jaxopt_models._walk import Walk, deferred
+
+RNG = np.random.default_rng(7)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+PARAMS = {"w": normal(4, 6), "b": normal(6), "unused": normal(3), "v": normal(3, 6, 6)}
+X = normal(5, 4)
+
+
+def fn(p, x):
+    """Says what it does."""
+    h = x @ p["w"] + p["b"][None]
+    h = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["v"])[0]
+    return h @ h.T
+
+
+def small():
+    rules = [jom.Rule("w", quant.Int(bits=8)), jom.Rule("v", quant.Int(bits=4), jom.Axes(stack=1))]
+    return jom.compress(PARAMS, rules)
+
+
+def test_the_table():
+    table = jom.accelerate(fn).explain(small(), X)
+    rows = {(r["path"], r["operation"]): r for r in table}
+    w = rows["w", "dot_general"]
+    assert (w["axes"], w["parameter"], w["input"], w["output"]) == (
+        "in out",
+        [4, 6],
+        [5, 4],
+        [5, 6],
+    )
+    assert (w["multiply-adds"], w["times"], w["runs"]) == (120, 1, "rebuilt")
+    assert w["note"] == "no kernel for dot_general of Quantized"
+    v = rows["v", "dot_general"]
+    assert (v["axes"], v["multiply-adds"], v["times"]) == ("stack in out", 3 * 180, 3)
+    assert rows["b", "add"]["runs"] == "dense"
+    assert rows["", "dot_general"]["multiply-adds"] == 150
+    assert rows["unused", ""]["note"] == "never reaches the program"
+    assert table.data["multiply_adds"] == 120 + 540 + 150
+    assert "660 with parameters, 150 between other values" in str(table)
+
+
+def test_it_needs_shapes_only():
+    shapes = jax.eval_shape(lambda: (small(), X))
+    table = jom.accelerate(fn).explain(*shapes)
+    assert table.rows == jom.accelerate(fn).explain(small(), X).rows
+
+
+def test_name_signature_and_docstring_are_kept():
+    run = jom.accelerate(fn)
+    assert (run.__name__, run.__doc__) == ("fn", "Says what it does.")
+    assert inspect.signature(run) == inspect.signature(fn)
+
+
+def test_eager_calls_of_the_same_shapes_trace_once():
+    traced = []
+
+    def counted(p, x, factor=1, *, mode="a"):
+        traced.append(mode)
+        return factor * (x @ p["w"])
+
+    run, p = jom.accelerate(counted), small()
+    for _ in range(3):
+        run(p, X)
+        run(jax.tree.map(lambda a: a + 0, p), X + 1)
+    assert traced == ["a"]
+    run(p, X, mode="b")
+    run(p, X, 2)
+    run(p, X[:2])
+    assert len(traced) == 4
+    np.testing.assert_allclose(run(p, X, 3.0), 3 * run(p, X), rtol=1e-6)
+
+    class Unhashable(list):
+        __hash__ = None
+
+    jom.accelerate(lambda p, x, opts: x @ p["w"])(p, X, jax.tree_util.Partial(Unhashable))
+
+
+def test_a_value_that_is_no_array_stays_what_it_is():
+    def typed(p, x, dtype, flag):
+        assert flag is True
+        return (x @ p["w"]).astype(dtype)
+
+    assert jom.accelerate(typed)(small(), X, jnp.bfloat16, True).dtype == jnp.bfloat16
+
+
+def test_export_runs_elsewhere_without_the_library():
+    pytest.importorskip("flatbuffers")
+    run = jax.jit(jom.accelerate(fn))
+    p = small()
+    leaves, treedef = jax.tree.flatten(p)
+    flat = jax.jit(lambda leaves, x: jom.accelerate(fn)(treedef.unflatten(leaves), x))
+    again = export.deserialize(export.export(flat)(leaves, X).serialize())
+    np.testing.assert_allclose(again.call(leaves, X), run(p, X), rtol=1e-6)
+
+
+def test_inside_scan_vmap_and_shard_map():
+    p, run = small(), jom.accelerate(lambda p, x: jnp.sin(x @ p["w"]))
+    want = jnp.sin(X @ p["w"].materialize())
+    np.testing.assert_allclose(jax.vmap(run, (None, 0))(p, X), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        lax.scan(lambda c, x: (c, run(p, x)), 0, X)[1], want, rtol=1e-5, atol=1e-6
+    )
+    mesh = jax.make_mesh((5,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:5])
+    spec = jax.sharding.PartitionSpec
+    f = jax.shard_map(run, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec("d"))
+    np.testing.assert_allclose(f(p, X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_values_that_were_captured_are_an_error():
+    p = small()
+    with pytest.raises(ValueError, match=r"accelerate: no parameter reached the program of lost"):
+
+        def lost(params, x):
+            return x @ PARAMS["w"]
+
+        jom.accelerate(lost)(p, X)
+    model = models.nnx.LeNet300(rngs=nnx.Rngs(0))
+    _, params = jom.functional(model)
+    compressed = jom.compress(params, [jom.Rule(".*kernel", quant.Int(bits=8))])
+    with pytest.raises(ValueError, match="no parameter reached"):
+        jom.accelerate(lambda params, x: model(x))(compressed, jnp.zeros((1, 28, 28)))
+
+
+def test_a_module_with_compressed_parameters_inside_says_what_to_call():
+    model = models.nnx.LeNet300(rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    merged = nnx.merge(graphdef, jom.compress(state, [jom.Rule(".*kernel", quant.Int(bits=8))]))
+    with pytest.raises(TypeError, match=r"Quantized.*accelerate\(fn\).*materialize"):
+        merged(jnp.zeros((1, 28, 28)))
+    for use in (lambda w: X @ w, lambda w: jnp.dot(X, w), lambda w: np.asarray(w), jnp.sum):
+        with pytest.raises(TypeError, match=r"materialize\(params\)"):
+            use(small()["w"])
+    images = jnp.zeros((1, 28, 28))
+    got = jom.accelerate(lambda m, x: m(x))(merged, images)  # and the module itself goes, too
+    np.testing.assert_allclose(got, model(images), rtol=0.05, atol=0.05)
+
+
+def test_a_rule_is_added_by_a_line():
+    class Summing(Walk):
+        rules: ClassVar = {**Walk.rules, "cumsum": deferred}
+
+    def running(p, x):
+        return x @ jnp.cumsum(p["w"], axis=0)
+
+    w = small()["w"]
+    closed = jax.make_jaxpr(running)({"w": PARAMS["w"]}, X)
+    [out] = Summing().run(closed.jaxpr, closed.consts, [track("w", w), X])
+    np.testing.assert_allclose(out, running({"w": w.materialize()}, X), rtol=1e-5)
+    jaxpr = jax.make_jaxpr(
+        lambda w, x: Summing().run(closed.jaxpr, closed.consts, [track("w", w), x])
+    )(w, X)
+    assert [e.primitive.name for e in jaxpr.eqns] == ["remat2"]  # not summed before it is used
+
+
+@pytest.fixture
+def halving():
+    """A kernel that says who computed: half of the product."""
+    kernel = Kernel(
+        "halves",
+        "dot_general",
+        quant.Quantized,
+        ("cpu",),
+        run=lambda eqn, operands: [0.5 * (operands[0] @ operands[1].materialize())],
+        refuses=lambda eqn, operands: "" if operands[0].shape[0] > 1 else "one row only",
+    )
+    _kernels.KERNELS.append(kernel)
+    yield kernel
+    _kernels.KERNELS.remove(kernel)
+
+
+def test_a_kernel_runs_where_it_fits_and_the_table_says_so(halving):
+    p = small()
+
+    def product(p, x):
+        return x @ p["w"]
+
+    run = jom.accelerate(product)
+    np.testing.assert_allclose(run(p, X), 0.5 * product(jom.materialize(p), X), rtol=1e-6)
+    assert run.explain(p, X)[0]["runs"] == "halves"
+    np.testing.assert_allclose(run(p, X[:1]), product(jom.materialize(p), X[:1]), rtol=1e-6)
+    row = run.explain(p, X[:1])[0]
+    assert (row["runs"], row["note"]) == ("rebuilt", "halves: one row only")
+    np.testing.assert_allclose(
+        jom.simulate(product)(p, X), product(jom.materialize(p), X), rtol=1e-6
+    )
