@@ -82,7 +82,7 @@ class Encoder:
         new = self._encode(w, axes=axes, keep=keep, stats=stats, key=key)
         if keep is None or isinstance(new, Masked):
             return new
-        return _masked(keep, new, len(new.stack))
+        return masked(keep, new, len(new.stack))
 
     def _encode(self, w: jax.Array, *, axes: Any, keep: Any, stats: Any, key: Any) -> Encoded:
         check_tensor(w)
@@ -110,7 +110,7 @@ class Encoder:
                     f"{self} would prune a {old.kind()} leaf and lose its codes; prune first, "
                     f"then encode: chain({type(self).__name__}(...), ...)"
                 )
-            return new if keep is None else _masked(keep, new, len(old.stack))
+            return new if keep is None else masked(keep, new, len(old.stack))
         if keep is not None:
             check_keep(keep, old.shape)
         mask = old.keep() if keep is None else jnp.logical_and(old.keep(), keep)
@@ -123,11 +123,12 @@ class Encoder:
                 )
             return new
         if keep is not None:
-            return _masked(mask, new, len(old.stack))
+            return masked(mask, new, len(old.stack))
         return Masked(old.mask, new, old.core)
 
 
-def _masked(keep: jax.Array, values: Encoded, stack: int) -> Masked:
+def masked(keep: jax.Array, values: Any, stack: int) -> Masked:
+    """Puts a mask over values with so many stack axes."""
     of = Masked.of
     for _ in range(stack):
         of = jax.vmap(of)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import artifact
+from ._accelerate import accelerate, simulate
 from ._axes import Axes
 from ._bits import array_bits
 from ._compress import fold, straight_through
@@ -56,9 +57,11 @@ def check_encoder(
     6. Same input, same result; a second call compiles nothing.
     7. Zeros of an earlier mask stay zero.
     8. The recipe round-trips through JSON; ``partition`` and ``combine`` are inverse.
+    9. ``accelerate`` computes what ``simulate`` defines, which without an input spec is the
+       function of the rebuilt tensor; in value and gradient, stacked layers in a loop.
 
     Nearly all of the time goes into compiling. So the types take turns over the shapes, and
-    what needs programs of its own (`jit`, `vmap`, `scan`, law 7) runs on the first shape
+    what needs programs of its own (`jit`, `vmap`, `scan`, laws 7 and 9) runs on the first shape
     and on the first with a stack; ``full`` asks for every law on every pair.
 
     Args:
@@ -88,6 +91,7 @@ def check_encoder(
             if full or bool(axes.stack) not in stacks:
                 _check_transforms(case, leaf, key)
                 _check_mask(case)
+                _check_walk(case, leaf)
         stacks.add(bool(axes.stack))
 
 
@@ -230,6 +234,38 @@ def _check_mask(case: _Case) -> None:
     dropped = np.asarray(case.encode(case.w, keep=jnp.asarray(keep)).materialize())
     # Codes alone hold no mask; what must hold is that a mask put over them finds zeros kept.
     _law(not np.any(dropped[~keep] != 0), f"law 7: {case.where} revived zeros")
+
+
+def _check_walk(case: _Case, leaf: Encoded) -> None:
+    core = leaf.shape[len(leaf.stack) :]
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, *core[:-1])), case.w.dtype)
+
+    def product(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, w, len(core) - 1)
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        w = params["w"]
+        for _ in leaf.stack[1:]:
+            w = w[0]
+        if not leaf.stack:
+            return product(w, x)
+        return jax.lax.scan(lambda c, w: (c + 1, product(w, x)), 0, w)[1]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(run: Any, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        slope = jax.grad(lambda x: jnp.sum(jnp.sin(run(params, x).astype(jnp.float32))))
+        return run(params, x), slope(x)
+
+    got, want = both(accelerate(fn), {"w": leaf}, x), both(simulate(fn), {"w": leaf}, x)
+    plain = both(fn, {"w": leaf.materialize()}, x)
+    tolerance = 8 * float(jnp.finfo(case.w.dtype).eps)
+    pairs = [("accelerate", a, b) for a, b in zip(got, want, strict=True)]
+    if not any(hasattr(part, "read") for part in _nested(leaf)):
+        pairs += [("simulate", a, b) for a, b in zip(want, plain, strict=True)]
+    for name, a, b in pairs:
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        near = np.allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
+        _law(near, f"law 9: {case.where}, {name} is off by {np.abs(a - b).max()}")
 
 
 def _check_file(case: _Case, leaf: Encoded) -> None:

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxopt_models import Axes, Encoded, Encoder, chain, leaf, static
 from jaxopt_models.codebook import KMeans
 from jaxopt_models.prune import Block, Magnitude, NofM
-from jaxopt_models.quant import Int
+from jaxopt_models.quant import Input, Int
 from jaxopt_models.testing import SHAPES, check_encoder, leaf_bits
 
 KERNEL, ATTENTION, CONV, _, DEPTHWISE, _, STACK, EMBEDDING = SHAPES
@@ -38,6 +38,9 @@ ROWS = [
     (KMeans(bits=3, start="random"), [DEPTHWISE]),
     (chain(HALF, Int(bits=4)), [STACK]),
     (chain(HALF, KMeans(bits=4)), [KERNEL]),
+    (Input(bits=8), [KERNEL]),
+    (Input(bits=4, per="tensor", symmetric=False), [CONV]),
+    (chain(HALF, Int(bits=4), Input(bits=8)), [STACK]),
 ]
 ENCODERS = [encoder for encoder, _ in ROWS]
 

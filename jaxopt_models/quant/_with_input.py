@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from .._axes import Axes
 from .._encoded import Encoded, is_encoded, leaf, static
-from .._encoder import Encoder, check_keep, check_tensor
+from .._encoder import Encoder, check_keep, check_tensor, masked
 from .._options import whole
 from ._int import divide, positive
 
@@ -164,15 +164,17 @@ class Input(Encoder):
         key: Any = None,
     ) -> WithInput:
         """Puts the grid around ``w``; see :class:`Input`."""
-        if keep is not None:
-            check_keep(keep, w.shape)
-            raise ValueError("Input keeps the values as they are; give keep= to their encoder")
         if is_encoded(w):
+            if keep is not None:
+                raise ValueError("Input keeps the values as they are; give keep= to their encoder")
             values = w.values if isinstance(w, WithInput) else w
             stack = len(w.stack)
         else:
             check_tensor(w)
             values, stack = jnp.asarray(w), (axes or Axes()).resolve(jnp.ndim(w)).stack
+            if keep is not None:
+                check_keep(keep, w.shape)
+                values = masked(keep, jnp.where(keep, values, jnp.zeros((), w.dtype)), stack)
         scale = zero = None
         if self.per == "static":
             if stats is None or "minmax" not in stats.names:

@@ -161,7 +161,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"w: .* needs the statistics"):
         small_of({"w": W}, quant.Input(bits=8, per="static"))
     with pytest.raises(ValueError, match="keeps the values as they are"):
-        quant.Input(bits=8)(W, keep=W > 0)
+        quant.Input(bits=8)(quant.Int(bits=8)(W), keep=W > 0)
     with pytest.raises(TypeError, match="fn is NoneType"):
         jom.simulate(None)
     stats = jom.calibrate(
