@@ -9,6 +9,7 @@ whatever else must stay right in the process belongs before `rows()` or in anoth
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -248,3 +249,8 @@ def rows() -> list[dict[str, Any]]:
         found.append(row | {key: got.get(key) for key in ("bytes", "error", "unused")})
     last = {"program": "float a @ b, after qwix's init of x @ w", "qwix": after()}
     return [*found, dict.fromkeys(found[0]) | last]
+
+
+if __name__ == "__main__":
+    # In a process of its own, as it changes what float code computes.
+    print(json.dumps(rows()))

@@ -23,12 +23,14 @@ class Row:
       value: the figure.
       bar: what it is held against, for instance ``">= 47"``; empty for information.
       seeds: the single values behind a mean.
+      note: what a number does not say.
     """
 
     claim: str
     value: float
     bar: str = ""
     seeds: tuple[float, ...] = ()
+    note: str = ""
 
     @property
     def holds(self) -> bool | None:
@@ -41,7 +43,7 @@ class Row:
     def to_data(self) -> dict:
         """Returns the row as JSON data."""
         data = {"claim": self.claim, "value": self.value, "bar": self.bar}
-        return data | {"holds": self.holds, "seeds": list(self.seeds)}
+        return data | {"holds": self.holds, "seeds": list(self.seeds), "note": self.note}
 
 
 def mean_row(claim: str, values: Sequence[float], bar: str = "") -> Row:
@@ -60,8 +62,8 @@ def table(name: str, rows: Sequence[Row]) -> Table:
     for r in rows:
         spread = f"{min(r.seeds):.4g} to {max(r.seeds):.4g}" if len(r.seeds) > 1 else ""
         holds = "" if r.holds is None else "yes" if r.holds else "NO"
-        cells.append((r.claim, float(_shown(r.value)), r.bar, holds, spread))
-    return Table(("claim", "value", "bar", "holds", "seeds"), cells, title=name)
+        cells.append((r.claim, float(_shown(r.value)), r.bar, holds, spread, r.note))
+    return Table(("claim", "value", "bar", "holds", "seeds", "note"), cells, title=name)
 
 
 def write(file: str | os.PathLike, name: str, rows: Sequence[Row], *, quick: bool) -> None:

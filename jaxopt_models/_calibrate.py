@@ -94,6 +94,9 @@ class Calibration(dict[str, Stats]):
     def __repr__(self) -> str:
         return repr(self.table())
 
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
 
 def calibrate(
     fn: Callable[..., Any],

@@ -107,6 +107,8 @@ class Walk:
                 found = self.rules.get(eqn.primitive.name, Walk.meet)(self, eqn, operands)
             else:
                 found = bind(eqn, operands)
+                if all(map(is_literal, eqn.invars)):  # as iota: a constant, too
+                    found = [Tracked(x) for x in found]
             self.after(eqn, found)
             env.update(zip(eqn.outvars, found, strict=True))
         return [read(v) for v in jaxpr.outvars]
@@ -223,7 +225,7 @@ def _read(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]
     arrays = [dense(x) for x in values]
     for i, x in enumerate(values):
         product = product_of(eqn, i) if packed(x) and readers(x) else ""
-        if isinstance(product, Product) and not product.lookup and not is_tracked(operands[1 - i]):
+        if isinstance(product, Product) and not (product.lookup or _has_origin(operands[1 - i])):
             found = [roles(o, product) for o in operands[i].origins]
             over = [
                 n for r in found if isinstance(r, Roles) for _, names in r.gathered for n in names
@@ -231,6 +233,10 @@ def _read(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]
             for leaf in readers(x):
                 arrays[1 - i] = leaf.read(arrays[1 - i], product.row, tuple(dict.fromkeys(over)))
     return arrays
+
+
+def _has_origin(x: Any) -> bool:
+    return is_tracked(x) and bool(x.origins)
 
 
 # ------------------------------------------------------------------ order of rebuilding
@@ -276,6 +282,8 @@ def _wait(part: jax.Array, zero: jax.Array) -> jax.Array:
 
 def enter(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     jaxpr, consts = inner(eqn.params)
+    pairs = zip(operands, eqn.invars, strict=True)
+    operands = [Tracked(x) if is_literal(v) else x for x, v in pairs]  # else data inside
     outside, walk.around = walk.around, (*walk.around, eqn)
     try:
         with jax.named_scope(scope_of(eqn)):
