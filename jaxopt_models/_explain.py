@@ -105,7 +105,6 @@ class Explaining(Walk):
         packed = any(map(is_encoded, jax.tree.leaves(value, is_leaf=is_encoded)))
         if packed:
             kernel, why = pick(eqn, operands)
-        runs = kernel.name if kernel else "rebuilt" if packed else "dense"
         notes = [why]
         product = product_of(eqn, i)
         if isinstance(product, str):
@@ -114,8 +113,12 @@ class Explaining(Walk):
             r = roles(o, product)
             axes = _axes(r, len(o.shape)) if isinstance(r, Roles) else ""
             notes.append(r if isinstance(r, str) else "")
-        if readers(value) and (isinstance(product, str) or product.lookup):
+        ruled = [e.primitive.name for e in self.around if e.primitive.name.startswith("custom_")]
+        if packed and ruled:
+            kernel, notes = None, [f"rebuilt before a {ruled[0]}, whose rule is kept"]
+        if readers(value) and (ruled or isinstance(product, str) or product.lookup):
             notes.append("its input is not rounded here")
+        runs = kernel.name if kernel else "rebuilt" if packed else "dense"
         other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
         costs = multiply_adds(eqn)
         if not isinstance(product, str) and isinstance(r, Roles):

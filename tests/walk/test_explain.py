@@ -60,6 +60,19 @@ def test_the_table():
     assert "660 with parameters, 150 between other values" in str(table)
 
 
+def test_what_a_custom_rule_hides_is_told():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, None), lambda r, g: (g @ PARAMS["w"].T, 0 * PARAMS["w"]))
+    p = jom.compress(PARAMS, [jom.Rule("w", jom.chain(quant.Int(bits=8), quant.Input(bits=4)))])
+    row = jom.accelerate(lambda p, x: product(x, p["w"])).explain(p, X)[0]
+    assert row["multiply-adds"] == 120
+    assert row["note"].startswith("rebuilt before a custom_vjp_call, whose rule is kept")
+    assert row["note"].endswith("its input is not rounded here")
+
+
 def test_it_needs_shapes_only():
     shapes = jax.eval_shape(lambda: (small(), X))
     table = jom.accelerate(fn).explain(*shapes)
