@@ -192,8 +192,10 @@ def _qwix() -> list[Row]:
     theirs = {row["program"]: row for row in json.loads(done.stdout.splitlines()[-1])}
     rows = []
     for name, good in ours.items():
-        said = theirs[name]["qwix"]
-        rows.append(Row(f"int8, {name}: ours passes", good == "", note=f"Qwix: {said} {good}"))
+        note = f"Qwix: {theirs[name]['qwix']}"
+        if theirs[name]["w8a8"]:
+            note += f"; with int8 activations: {theirs[name]['w8a8']}"
+        rows.append(Row(f"int8, {name}: ours passes", good == "", note=f"{note} {good}".strip()))
     silent = sum("nothing said" in row["qwix"] for row in theirs.values())
     passed = sum(row.value for row in rows)
     quantized = sum(row["qwix"] == "quantized" for row in theirs.values())
