@@ -6,7 +6,7 @@ form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,3 +65,8 @@ def is_literal(v: Any) -> bool:
 def varying(x: Any) -> frozenset[str]:
     """Returns the mesh axes along which JAX knows an array to vary inside ``shard_map``."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """Returns a jaxpr as a function of its flat operands."""
+    return jex.jaxpr_as_fun(closed)

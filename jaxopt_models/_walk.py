@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._encoded import is_encoded
-from ._jaxpr import bind, inner, is_literal, scan_counts, scope_of
+from ._jaxpr import as_function, bind, inner, is_literal, scan_counts, scope_of
 from ._kernels import pick
 from ._products import Product, product_of
 from ._roles import Roles, roles
@@ -325,7 +325,7 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     sums: dict[str, Any] = {}
     if walk.collects:
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), parts)
-        side = jax.eval_shape(once, carry.start, one)[2]
+        once, (_, _, side) = _traced(once, carry.start, one)
         sums = {k: walk.zero(e) for k, e in side.items() if depth not in e.loops}
 
     def body(state: Any, parts: Any) -> tuple[Any, Any]:
@@ -398,7 +398,9 @@ def _while(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         both.emit_all(found)
         return carry.moving(out), both.side
 
-    side = jax.eval_shape(once, carry.start)[1] if walk.collects else {}
+    side = {}
+    if walk.collects:
+        once, (_, side) = _traced(once, carry.start)
     sums = {k: walk.zero(e) for k, e in side.items()}
 
     def body(state: Any) -> Any:
@@ -414,13 +416,24 @@ def _while(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return carry.full(moving)
 
 
+def _traced(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
+    """Traces a body once, to know what it emits before it is put into a loop or branch.
+
+    Were it traced again there, deeply nested bodies would be traced a power of two times.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    run, treedef = as_function(closed), jax.tree.structure(shapes)
+    return lambda *a: jax.tree.unflatten(treedef, run(*jax.tree.leaves(a))), shapes
+
+
 def _cond(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     runs = [walk.body(eqn, *inner({"jaxpr": b})) for b in eqn.params["branches"]]
     index, *rest = operands
     union: dict[str, Any] = {}
     if walk.collects:
-        for run in runs:
-            union |= jax.eval_shape(run, *rest)[1]
+        pairs = [_traced(run, *rest) for run in runs]
+        runs = [run for run, _ in pairs]
+        union = {k: e for _, (_, side) in pairs for k, e in side.items()}
 
     def branch(run: Callable[..., Any]) -> Callable[..., Any]:
         def taken(*rest: Any) -> tuple[list[Any], dict[str, Any]]:
