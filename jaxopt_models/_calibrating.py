@@ -90,7 +90,7 @@ class Calibrating(Walk):
         if "gram" in names and r.rows > self.gram_rows:
             names = tuple(n for n in names if n != "gram")
             self.ledger.partly[o.path] = f"gram of {r.rows} rows is beyond gram_rows"
-        other = jax.lax.stop_gradient(dense(other))
+        other = _whole(jax.lax.stop_gradient(dense(other)))
         if product.lookup:
             counts, samples = product.counts(other)
             full = _put(counts[..., None, :], r, 0)[..., 0, :]
@@ -165,6 +165,12 @@ Calibrating.rules = {
         enter if not all(map(is_tracked, operands)) else Walk.rules["custom_jvp_call"]
     )(walk, eqn, operands),
 }
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    # On Explicit mesh axes a sum over a divided axis has to be told what becomes of it.
+    divided = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if divided else x
 
 
 def merged(a: Any, b: Any) -> Any:

@@ -248,17 +248,19 @@ _BARRIERS_HOLD = jax.__version_info__ >= (0, 12)
 
 
 def _in_order(operands: list[Any]) -> Sequence[Any]:
-    partners = [
-        x
-        for x in operands
-        if not packed(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x)
-    ]
+    partners = [x for x in operands if not packed(x) and _can_order(x)]
     if not partners:
         return operands
     if _BARRIERS_HOLD:
         return jax.lax.optimization_barrier(tuple(operands))
     zero = _zero(jax.lax.stop_gradient(partners[0]))
     return [jax.tree.map(lambda a: _wait(a, zero), x) if packed(x) else x for x in operands]
+
+
+def _can_order(x: Any) -> bool:
+    # An entry of an array that is divided over Explicit mesh axes cannot be sliced out of it.
+    divided = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x) > 0 and not divided
 
 
 @jax.custom_batching.custom_vmap
