@@ -76,6 +76,10 @@ class Calibrating(Walk):
                     self.ledger.reasons.setdefault(o.path, why)
         return super().use(eqn, operands)
 
+    def lose(self, x: Any, why: str) -> None:
+        for o in x.origins:
+            self.ledger.reasons.setdefault(o.path, why)
+
     def _read(self, eqn: Any, operands: Sequence[Any], i: int, o: Any) -> str:
         names = self.wanted(o.path)
         product = product_of(eqn, i)

@@ -15,7 +15,7 @@ from ._kernels import pick
 from ._products import multiply_adds, product_of
 from ._roles import Roles, roles
 from ._table import Table
-from ._tracked import Tracked, is_tracked, readers
+from ._tracked import is_tracked, readers
 from ._walk import Walk, enter
 
 
@@ -37,23 +37,21 @@ def explain(fn: Any, params: Any, args: Any, kwargs: Any) -> Table:
     """
     frame, arrays = take_apart(fn, params, args, kwargs)
     walk = Explaining()
-    unreached: list[str] = []
+    notes: dict[str, str] = {}
 
     def run(arrays: list[Any]) -> list[Any]:
         program = trace(frame, arrays, who="explain", every=True)
-        unreached[:] = [p.path for p in program.unreached]
+        notes.update({p.path: "never reaches the program" for p in program.unreached})
         out = walk.run(program.jaxpr, program.consts, program.operands)
-        return [
-            x.value if is_tracked(x) and is_encoded(x.value) else x
-            for x in out
-            if not isinstance(x, Tracked) or is_encoded(x.value)
-        ]
+        for x in filter(is_tracked, out):
+            walk.lose(x, "it is returned")
+        return [x for x in out if not is_tracked(x)]
 
     jax.eval_shape(run, arrays)
     rows = [tuple(row) for row in walk.rows.values()]
-    rows += [
-        (p, "", "", None, None, None, 0, 0, "", "never reaches the program") for p in unreached
-    ]
+    used = {row[0] for row in rows}
+    notes |= {path: why for path, why in walk.lost.items() if path not in used}
+    rows += [(path, "", "", None, None, None, 0, 0, "", why) for path, why in notes.items()]
     return Table(
         COLUMNS,
         rows,
@@ -81,10 +79,16 @@ class Explaining(Walk):
     Args:
       rows: by the equation, and those around it, and the path.
       totals: multiply-adds by the equation, and whether it meets a parameter.
+      lost: by path where a parameter went that was not followed.
     """
 
     rows: dict[Any, Any] = dataclasses.field(default_factory=dict)
     totals: dict[Any, tuple[int, bool]] = dataclasses.field(default_factory=dict)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def lose(self, x: Any, why: str) -> None:
+        for o in x.origins:
+            self.lost.setdefault(o.path, why)
 
     def wants(self, eqn: Any) -> bool:
         return bool(multiply_adds(eqn)) or any(map(_multiplies, bodies(eqn)))
@@ -116,9 +120,11 @@ class Explaining(Walk):
         ruled = [e.primitive.name for e in self.around if e.primitive.name.startswith("custom_")]
         if packed and ruled:
             kernel, notes = None, [f"rebuilt before a {ruled[0]}, whose rule is kept"]
+        if o.rebuilt:
+            notes.append(f"rebuilt whole {o.rebuilt}")
         if readers(value) and (ruled or isinstance(product, str) or product.lookup):
             notes.append("its input is not rounded here")
-        runs = kernel.name if kernel else "rebuilt" if packed else "dense"
+        runs = kernel.name if kernel else "rebuilt" if packed or o.rebuilt else "dense"
         other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
         costs = multiply_adds(eqn)
         if not isinstance(product, str) and isinstance(r, Roles):

@@ -72,6 +72,7 @@ class Origin:
       loops: depth of the loop of each ``"loop"`` hop, in order.
       shards: `(axis, mesh axes)` for each axis of the parameter that ``shard_map`` divides.
       lost: why the way is not known, where it is not.
+      rebuilt: where it was rebuilt whole on the way, ``""`` if nowhere.
     """
 
     at: tuple[Any, ...]
@@ -81,6 +82,7 @@ class Origin:
     loops: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     shards: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
     lost: str = dataclasses.field(default="", metadata={"static": True})
+    rebuilt: str = dataclasses.field(default="", metadata={"static": True})
 
     def then(self, *hops: Hop) -> Origin:
         """Returns the origin of a value further on."""

@@ -117,6 +117,9 @@ class Walk:
         """Says whether an equation without a tracked operand has to go by its rule."""
         return False
 
+    def lose(self, x: Any, why: str) -> None:
+        """Is told that a parameter goes where it is not followed."""
+
     def after(self, eqn: Any, found: list[Any]) -> None:
         """Is told the outputs of every equation."""
 
@@ -168,8 +171,10 @@ class Walk:
                 bounded=self.bounded and times is not None,
                 side={},
             )
-            out = [dense(x) for x in child.run(jaxpr, consts, args)]
-            return out, child.side
+            out = child.run(jaxpr, consts, args)
+            for x in filter(_has_origin, out):
+                self.lose(x, f"it is returned by a {eqn.primitive.name}")
+            return [dense(x) for x in out], child.side
 
         return run
 
@@ -312,7 +317,7 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     jaxpr, jaxpr_consts = inner(p)
     n, m = scan_counts(p)
     consts, xs = operands[:n], operands[n + m :]
-    carry = _Carry(operands[n : n + m], jaxpr.invars[n : n + m], jaxpr.outvars[:m])
+    carry = _Carry(walk, operands[n : n + m], jaxpr.invars[n : n + m], jaxpr.outvars[:m])
     depth = walk.depth + 1
     run = walk.body(eqn, jaxpr, jaxpr_consts, loop=True, times=p["length"])
     shapes = [tuple(v.aval.shape) for v in eqn.invars[n + m :]]
@@ -352,10 +357,12 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 class _Carry:
     """What a loop carries; parameters that it hands on unchanged stay outside, as constants."""
 
-    def __init__(self, values: Sequence[Any], before: Sequence[Any], after: Sequence[Any]):
+    def __init__(self, walk: Walk, values: Sequence[Any], before: Any, after: Any):
         self.values = values
         kept = zip(values, before, after, strict=True)
         self.still = [is_tracked(x) and a is b for x, b, a in kept]
+        for x in filter(_has_origin, self.moving(values)):
+            walk.lose(x, "it is carried by a loop, which changes it")
         self.start = [dense(x) for x in self.moving(values)]
 
     def moving(self, values: Sequence[Any]) -> list[Any]:
@@ -374,9 +381,13 @@ def _slices(x: Any, shape: tuple[int, ...], depth: int) -> tuple[Any, Callable[[
         return x, lambda part: part
     hop = Hop(Step("loop", None, never), 0, shape, shape[1:])
     value, inside = sliceable(x.value)
+    whole = "before the loop" if packed(x) and not packed(value) else ""
 
     def open_(part: Any) -> Tracked:
-        origins = [dataclasses.replace(o.then(hop), loops=(*o.loops, depth)) for o in x.origins]
+        origins = [
+            dataclasses.replace(o.then(hop), loops=(*o.loops, depth), rebuilt=o.rebuilt or whole)
+            for o in x.origins
+        ]
         return Tracked(inside(part), tuple(origins))
 
     return value, open_
@@ -389,7 +400,7 @@ def _while(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     test = walk.body(eqn, *inner(p, "cond_jaxpr"), loop=True, times=None)
     run = walk.body(eqn, body_jaxpr, body_consts, loop=True, times=None)
     for_test, for_body = operands[:n], operands[n : n + m]
-    carry = _Carry(operands[n + m :], body_jaxpr.invars[m:], body_jaxpr.outvars)
+    carry = _Carry(walk, operands[n + m :], body_jaxpr.invars[m:], body_jaxpr.outvars)
 
     def once(moving: Any) -> tuple[list[Any], dict[str, Any]]:
         # What the condition emits is collected here, where it can be carried; the last time,
@@ -486,6 +497,8 @@ def _shards(x: Any, shape: tuple[int, ...], spec: Any, mesh: Any) -> tuple[Any, 
     origins = tuple(_of_shard(o, names, counts) for o in x.origins)
     if is_encoded(x.value) and (specs := x.value.specs(spec, local)) is not None:
         return x.value, specs, lambda part: Tracked(part.resized(local), origins)
+    if packed(x):
+        origins = tuple(dataclasses.replace(o, rebuilt="before shard_map") for o in origins)
     return dense(x), spec, lambda part: Tracked(part, origins)
 
 

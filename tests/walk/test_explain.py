@@ -73,6 +73,23 @@ def test_what_a_custom_rule_hides_is_told():
     assert row["note"].endswith("its input is not rounded here")
 
 
+def test_nothing_is_lost_in_silence():
+    def carried(p, x):
+        w, _ = lax.scan(lambda w, _: (0.5 * w, None), p["w"], length=2)
+        h = lax.scan(lambda h, v: (h @ v, None), x @ w, p["v"][:, ::-1])[0]
+        return h, p["b"].reshape(2, 3)
+
+    table = jom.accelerate(carried).explain(small(), X)
+    notes = {r["path"]: (r["runs"], r["note"]) for r in table}
+    assert notes["w"] == ("", "it is carried by a loop, which changes it")
+    assert notes["b"] == ("", "it is returned")
+    assert notes["v"] == ("rebuilt", "rebuilt whole before the loop")
+    assert notes["unused"] == ("", "never reaches the program")
+    stats = jom.calibrate(carried, PARAMS, [(X,)])
+    assert stats.missing["w"] == "it is carried by a loop, which changes it"
+    assert list(stats) == ["v"]
+
+
 def test_it_needs_shapes_only():
     shapes = jax.eval_shape(lambda: (small(), X))
     table = jom.accelerate(fn).explain(*shapes)

@@ -118,11 +118,9 @@ def close(a, b):
 
 @pytest.mark.parametrize("encoder", SMALL)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_values_eager_and_jitted(name, encoder):
+def test_values(name, encoder):
     fn, small = PROGRAMS[name], SMALL[encoder]
-    want = fn(jom.materialize(small), X)
-    close(accelerate(fn)(small, X), want)
-    close(jax.jit(accelerate(fn))(small, X), want)
+    close(accelerate(fn)(small, X), fn(jom.materialize(small), X))
 
 
 def total(fn):
