@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -92,15 +93,28 @@ def _wrapped(fn: Callable[..., Any], who: str, walk: type[Walk]) -> Callable[...
 
     kept = jax.jit(run, static_argnums=0)
 
+    first = next(iter(inspect.signature(fn).parameters), "params")
+
+    def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return args if args or first not in kwargs else (kwargs.pop(first),)
+
     @functools.wraps(fn)
-    def accelerated(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def accelerated(*args: Any, **kwargs: Any) -> Any:
+        params, *args = taken(args, kwargs)
         if not any(map(is_encoded, jax.tree.leaves(params, is_leaf=is_encoded))):
             return fn(params, *args, **kwargs)
         frame, arrays = take_apart(fn, params, args, kwargs)
         return (kept if frame.hashable() else run)(frame, arrays)
 
-    def explained(params: Any, *args: Any, **kwargs: Any) -> Table:
-        return explain(fn, params, args, kwargs)
+    def explained(*args: Any, **kwargs: Any) -> Table:
+        """Tables what each parameter meets in a call with such arguments; shapes are enough.
 
+        Columns: path, operation, axes, shapes of the parameter, the other operand and the
+        result, how often it runs, multiply-adds of all runs, what runs, and why no kernel does.
+        """
+        params, *args = taken(args, kwargs)
+        return explain(fn, params, args, kwargs, kernels=walk.kernels)
+
+    explained.__name__ = explained.__qualname__ = "explain"
     accelerated.explain = explained  # type: ignore[attr-defined]
     return accelerated

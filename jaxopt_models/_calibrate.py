@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Axes
-from ._calibrating import Calibrating, Ledger, merged
+from ._calibrating import Calibrating, Ledger, States, merged, neutral, statistic
 from ._call import Frame, name_of, take_apart, trace
 from ._encoded import is_encoded
+from ._options import whole
 from ._paths import flatten
 from ._progress import bar
 from ._recipe import Rule, decide
@@ -25,42 +26,53 @@ from ._table import Table
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["states", "count"],
-    meta_fields=["axes", "groups", "others"],
+    data_fields=["states", "others"],
+    meta_fields=["axes", "groups"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What was seen at the input of one parameter.
+    """What was seen at the input of one parameter; made by :func:`calibrate`.
 
     Each statistic is an attribute: ``absmax``, ``l2``, ``mean`` `[*stack, *groups, rows]` with a
-    row for each entry of the *in* axes, ``minmax`` a pair of these, ``gram``
-    `[*stack, *groups, rows, rows]`, ``histogram`` of all rows with ``counts`` and ``edges``.
+    row for each entry of the *in* axes, ``minmax`` with ``min`` and ``max`` of that shape, ``gram``
+    `[*stack, *groups, rows, rows]`, ``histogram`` of all rows with ``counts``
+    `[*stack, *groups, 4096]` and ``edges``; and always ``count``, the number of samples, `float32`
+    `[*stack, *groups]`, 0 where none was seen.
 
     Args:
       states: state of each statistic.
-      count: number of samples, `float32` `[*stack, *groups]`; 0 where none was seen.
       axes: roles of the axes of the parameter.
       groups: `(axis of the core, count)` for axes along which inputs differ: the output axis of
         a grouped convolution.
       others: the same for uses in which the axes have other roles, as of a tied embedding.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxopt_models as jom
+      >>> fn, params = lambda p, x: x @ p["w"].T, {"w": jnp.ones((3, 2))}
+      >>> stats = jom.calibrate(fn, params, [(jnp.array([[1.0, -4.0]]),)], ["l2"])["w"]
+      >>> stats.axes, stats.names, stats.l2, stats.count
+      (Axes(out=(0,), stack=0), ('l2',), Array([1., 4.], dtype=float32), Array(1., dtype=float32))
     """
 
     states: dict[str, Any]
-    count: jax.Array
     axes: Axes
     groups: tuple[tuple[int, int], ...] = ()
     others: tuple[Stats, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the statistics."""
-        return tuple(self.states)
+        """Names of the statistics that were asked for."""
+        return tuple(n for n in self.states if n in STATISTICS)
+
+    @property
+    def count(self) -> jax.Array:
+        """Number of samples."""
+        return statistic("count").result(self.states["count"], None)
 
     def __getattr__(self, name: str) -> Any:
-        states = self.__dict__.get("states", {})
-        if name not in states:
-            raise AttributeError(f"Stats has no {name!r}; it has {sorted(states)}")
-        return STATISTICS[name].result(states[name], self.count)
+        if name.startswith("_") or name not in self.states:
+            raise AttributeError(f"Stats has no {name!r}; it has {sorted(self.names)}")
+        return statistic(name).result(self.states[name], self.count)
 
 
 class Calibration(dict[str, Stats]):
@@ -126,7 +138,7 @@ def calibrate(
       ``{path: Stats}``, with the attribute ``missing``: parameters that meet no input, and why.
 
     Raises:
-      TypeError: if a batch is no tuple.
+      TypeError: if a batch is no tuple, or an option has another type.
       ValueError: if there is no batch, a statistic is unknown, a parameter with ``needs`` in the
         recipe meets no input, or an input is NaN or Inf.
 
@@ -138,6 +150,11 @@ def calibrate(
       >>> stats["a"].absmax, stats["a"].count
       (Array([2., 2., 2.], dtype=float32), Array(16., dtype=float32))
     """
+    if not callable(fn):
+        raise TypeError(f"calibrate: fn is {type(fn).__name__}; give a function of (params, ...)")
+    gram_rows = whole(gram_rows, "calibrate: gram_rows")
+    if gram_rows < 0:
+        raise ValueError(f"calibrate: gram_rows={gram_rows} is a number of rows, 0 or more")
     wanted, recipe = _wanted(params, what)
     ledger = Ledger()
     kept: Any = None
@@ -155,9 +172,9 @@ def calibrate(
         return both.side
 
     compiled = jax.jit(add, static_argnums=0, donate_argnums=2)
-    given = list(batches) if not hasattr(batches, "__len__") and progress else batches
-    with bar("calibrate", len(given) if hasattr(given, "__len__") else 0, show=progress) as step:
-        for batch in given:
+    total = len(batches) if hasattr(batches, "__len__") else None
+    with bar("calibrate", total, show=progress) as step:
+        for batch in batches:
             if not isinstance(batch, tuple):
                 raise TypeError(
                     f"calibrate: a batch is {type(batch).__name__}; give the tuple of the "
@@ -179,6 +196,8 @@ def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
     """Returns the statistics of each path as a function, and what a recipe needs by path."""
     if isinstance(what, str):
         what = (what,)
+    if isinstance(what, Rule) or not isinstance(what, Iterable):
+        raise TypeError(f"calibrate: what={what!r}; give a list of names, or a recipe")
     what = tuple(what)
     if what and all(isinstance(w, Rule) for w in what):
         needs = {
@@ -186,9 +205,12 @@ def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
             for d in decide(flatten(params)[0], what, who="calibrate")
         }
         if not any(needs.values()):
-            raise ValueError("calibrate: no encoder of this recipe needs statistics")
+            raise ValueError(
+                "calibrate: no encoder of this recipe needs statistics; name some instead, such as "
+                'what=["absmax"]'
+            )
         return lambda path: needs.get(path, ()), needs
-    unknown = [w for w in what if w not in STATISTICS]
+    unknown = [w for w in what if not isinstance(w, str) or w not in STATISTICS]
     if unknown or not what:
         raise ValueError(
             f"calibrate: what={unknown or what!r}; give statistics of {sorted(STATISTICS)}, or a "
@@ -202,7 +224,7 @@ def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str)
     for key, e in kept.items():
         use, multiply_adds = ledger.uses[int(key)], ledger.multiply_adds[int(key)]
         path = use.path
-        if int(jnp.sum(e.value["broken"])):
+        if int(jnp.max(e.value["broken"], initial=0)):
             raise ValueError(
                 f"calibrate: the input of {path} in {name} holds NaN or Inf; check the batches, "
                 "or the layers before it"
@@ -211,11 +233,8 @@ def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str)
         same = found.setdefault(path, [])
         for i, (most, s) in enumerate(same):
             if (s.axes, s.groups, s.names) == (stats.axes, stats.groups, stats.names):
-                value = merged(
-                    {"states": s.states, "count": s.count},
-                    {"states": stats.states, "count": stats.count},
-                )
-                same[i] = (max(most, multiply_adds), dataclasses.replace(s, **value))
+                both = dataclasses.replace(s, states=merged(s.states, stats.states))
+                same[i] = (max(most, multiply_adds), both)
                 break
         else:
             same.append((multiply_adds, stats))
@@ -239,29 +258,20 @@ def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str)
     return Calibration(result, why)
 
 
-def _stats(value: Any, r: Roles) -> Stats:
+def _stats(states: States, r: Roles) -> Stats:
     """Brings the leading axes of a use into those of the parameter."""
     n = len(r.lead)
     order = [i for i in range(n) if r.stacked[i]] + [i for i in range(n) if not r.stacked[i]]
-    s = sum(r.stacked)
-    size = math.prod(r.stack)
-    identity = r.where == tuple(range(size))
+    s, size = sum(r.stacked), math.prod(r.stack)
+    whole = r.where == tuple(range(size))
+    places = jnp.asarray([w if w >= 0 else size for w in r.where])
 
-    def arrange(a: jax.Array, zero: jax.Array) -> jax.Array:
+    def arranged(a: jax.Array, zero: jax.Array) -> jax.Array:
         a = a.transpose(*order, *range(n, a.ndim)).reshape(len(r.where), *a.shape[s:])
-        if not identity:
-            where = jnp.asarray([w if w >= 0 else size for w in r.where])
+        if not whole:
             full = jnp.broadcast_to(zero, (size, *a.shape[1:]))
-            a = full.at[where].set(a, mode="drop")
+            a = full.at[places].set(a, mode="drop")
         return a.reshape(*r.stack, *a.shape[1:])
 
-    def neutral(e: Any, name: str | None) -> Any:
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[n:], a.dtype), e)
-        return jnp.zeros(one.shape) if name is None else STATISTICS[name].zero(one)
-
-    def all_of(e: Any, name: str | None) -> Any:
-        zero = neutral(e, name)
-        return jax.tree.map(lambda a, z: arrange(a, z), e, zero)
-
-    states = {k: all_of(v, k) for k, v in value["states"].items()}
-    return Stats(states, all_of(value["count"], None), r.axes, r.groups)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[n:], a.dtype), states)
+    return Stats(jax.tree.map(arranged, states, neutral(one)), r.axes, r.groups)

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from ._jaxpr import varying
 from ._products import product_of
 from ._roles import Roles, roles
-from ._statistics import STATISTICS
+from ._statistics import ALWAYS, STATISTICS, Statistic
 from ._tracked import dense, is_tracked
-from ._walk import Emitted, Walk, enter
+from ._walk import ENTERING, Emitted, Walk
+
+States = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Calibrating(Walk):
     gram_rows: int = 0
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     collects = True
+    kernels = False
+    rules = ENTERING
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         for i, x in enumerate(operands):
@@ -91,29 +95,26 @@ class Calibrating(Walk):
         r = roles(o, product)
         if isinstance(r, str):
             return r
+        if product.lookup and r.gathered:
+            return "it is looked up in rows that shard_map divides"
         if "gram" in names and r.rows > self.gram_rows:
             names = tuple(n for n in names if n != "gram")
-            self.ledger.partly[o.path] = f"gram of {r.rows} rows is beyond gram_rows"
+            self.ledger.partly[o.path] = f"gram of {r.rows} rows: raise gram_rows"
         other = _whole(jax.lax.stop_gradient(dense(other)))
+        every = {n: STATISTICS[n] for n in names} | ALWAYS
         if product.lookup:
             counts, samples = product.counts(other)
-            full = _put(counts[..., None, :], r, 0)[..., 0, :]
-            states = {n: STATISTICS[n].of_lookup(full, samples) for n in names}
-            count, broken = jnp.asarray(samples, jnp.float32), jnp.zeros((), jnp.int32)
+            states = {n: s.of_lookup(_put(counts, r), samples) for n, s in every.items()}
         else:
             blocks = self._rows(product.inputs(other, r.kept), r)
-            states = {n: STATISTICS[n].of(blocks) for n in names}
-            lead, samples = blocks[0].shape[:-2], blocks[0].shape[-2]
-            count = jnp.full(lead, samples, jnp.float32)
-            broken = sum(jnp.sum(~jnp.isfinite(b)) for b in blocks)
-            broken = jnp.asarray(broken, jnp.int32)
+            states = {n: s.of(blocks) for n, s in every.items()}
         name = self.ledger.name(Use(o.path, r, o.loops), product.multiply_adds * self.times)
-        self.emit(name, self._placed(states, count, broken, o, r), o.loops)
+        self.emit(name, self._placed(states, o, r), o.loops)
         return ""
 
     def _rows(self, blocks: list[jax.Array], r: Roles) -> list[jax.Array]:
         if r.places is not None:
-            blocks = [_put(jnp.concatenate(blocks, axis=-1), r, 0)]
+            blocks = [_put(jnp.concatenate(blocks, axis=-1), r)]
         if not r.gathered:
             return blocks
         x = jnp.concatenate(blocks, axis=-1)
@@ -123,25 +124,19 @@ class Calibrating(Walk):
             x = jax.lax.all_gather(x, names, axis=len(shape) + axis, tiled=True)
         return [x.reshape(*shape, -1)]
 
-    def _placed(self, states: Any, count: Any, broken: Any, o: Any, r: Roles) -> Any:
-        """Puts the state where the indices that only the data knows say it belongs."""
+    def _placed(self, states: States, o: Any, r: Roles) -> States:
+        """Puts states where the indices that only the data knows say they belong."""
         if not r.indices:
-            return {"states": states, "count": count, "broken": broken}
-        e = {"states": states, "count": count}
+            return states
 
         def wide(zero: jax.Array, a: jax.Array) -> jax.Array:
             full = jnp.broadcast_to(zero, (*r.indices, *a.shape))
             return full.at[tuple(o.at)].set(a)
 
-        return {**jax.tree.map(wide, self._neutral(e), e), "broken": broken}
-
-    def _neutral(self, value: Any) -> Any:
-        states = {n: STATISTICS[n].zero(s) for n, s in value["states"].items()}
-        rest = {k: jnp.zeros(value[k].shape, value[k].dtype) for k in value if k != "states"}
-        return {"states": states, **rest}
+        return jax.tree.map(wide, neutral(states), states)
 
     def zero(self, e: Any) -> Any:
-        return Emitted(self._neutral(e.value), e.loops)
+        return Emitted(neutral(e.value), e.loops)
 
     def merge(self, a: Any, b: Any) -> Any:
         return Emitted(merged(a.value, b.value), a.loops)
@@ -154,21 +149,9 @@ class Calibrating(Walk):
         # what it chooses varies along all of them, as the sum over them asks.
         counts = [jax.lax.axis_index(a) <= (0 if a in once else jnp.inf) for a in axes]
         mine = functools.reduce(jnp.logical_and, counts)
-        value = jax.tree.map(lambda a, z: jnp.where(mine, a, z), e.value, self._neutral(e.value))
-        e = Emitted(value, e.loops)
-        states = {n: STATISTICS[n].over(s, axes) for n, s in e.value["states"].items()}
-        rest = {k: jax.lax.psum(v, axes) for k, v in e.value.items() if k != "states"}
-        return Emitted({"states": states, **rest}, e.loops)
-
-
-Calibrating.rules = {
-    **Walk.rules,
-    # Statistics have no gradient, so bodies with derivative rules of their own may be entered.
-    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), enter),
-    "custom_jvp_call": lambda walk, eqn, operands: (
-        enter if not all(map(is_tracked, operands)) else Walk.rules["custom_jvp_call"]
-    )(walk, eqn, operands),
-}
+        none = neutral(e.value)
+        states = jax.tree.map(lambda a, z: jnp.where(mine, a, z), e.value, none)
+        return Emitted({n: statistic(n).over(s, axes) for n, s in states.items()}, e.loops)
 
 
 def _whole(x: jax.Array) -> jax.Array:
@@ -177,15 +160,24 @@ def _whole(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if divided else x
 
 
-def merged(a: Any, b: Any) -> Any:
-    """Merges the states and counts of two uses."""
-    states = {n: STATISTICS[n].merge(s, b["states"][n]) for n, s in a["states"].items()}
-    return {"states": states, **{k: a[k] + b[k] for k in a if k != "states"}}
+def statistic(name: str) -> Statistic:
+    """Returns a statistic by name, those that are always kept included."""
+    return ALWAYS[name] if name in ALWAYS else STATISTICS[name]
 
 
-def _put(x: jax.Array, r: Roles, fill: float) -> jax.Array:
+def neutral(states: States) -> States:
+    """Returns the states of no sample, of the same shapes."""
+    return {n: statistic(n).zero(s) for n, s in states.items()}
+
+
+def merged(a: States, b: States) -> States:
+    """Merges the states of two uses."""
+    return {n: statistic(n).merge(s, b[n]) for n, s in a.items()}
+
+
+def _put(x: jax.Array, r: Roles) -> jax.Array:
     """Puts rows of an operand in the places of the parameter's; others see zero."""
     if r.places is None:
         return x
     places = jnp.asarray([p if p >= 0 else r.rows for p in r.places])
-    return jnp.full((*x.shape[:-1], r.rows), fill, x.dtype).at[..., places].set(x, mode="drop")
+    return jnp.zeros((*x.shape[:-1], r.rows), x.dtype).at[..., places].set(x, mode="drop")

@@ -24,11 +24,13 @@ class Frame:
       fn: the function.
       treedef: structure of `(params, args, kwargs)` with the parts of leaves inside.
       rest: position and value of everything that is no array.
+      kinds: what `==` does not tell of these: their types, the sign of a zero.
     """
 
     fn: Callable[..., Any]
     treedef: Any
     rest: tuple[tuple[int, Any], ...]
+    kinds: tuple[Any, ...]
 
     def restore(self, arrays: Sequence[Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Puts arrays in their places: `(params, args, kwargs)`."""
@@ -49,7 +51,8 @@ def take_apart(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> t
     """Returns the frame of a call, and its arrays."""
     values, treedef = jax.tree.flatten((params, tuple(args), dict(kwargs)))
     rest = tuple((i, v) for i, v in enumerate(values) if not isinstance(v, _ARRAYS))
-    return Frame(fn, treedef, rest), [v for v in values if isinstance(v, _ARRAYS)]
+    kinds = tuple((type(v), repr(v) if isinstance(v, (float, complex)) else "") for _, v in rest)
+    return Frame(fn, treedef, rest, kinds), [v for v in values if isinstance(v, _ARRAYS)]
 
 
 @dataclasses.dataclass(frozen=True)

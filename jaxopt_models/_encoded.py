@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from ._bits import array_bits, pack_bits, packed_length, unpack_bits
@@ -36,8 +37,7 @@ class Encoded:
     #: Other integer arrays of at most 8 bits are coded as they are.
     coded: ClassVar[dict[str, str]] = {}
 
-    #: Whether this only stands around ``values``, which other encoders may encode in its place;
-    #: it then may define ``read(x, row)``: what becomes of an input before it meets the values.
+    #: Whether this only stands around ``values``, which other encoders may encode in its place.
     around: ClassVar[bool] = False
 
     @property
@@ -81,6 +81,19 @@ class Encoded:
         values = {name: getattr(self, name) for name in type(self).part_names}
         return {name: value for name, value in values.items() if value is not None}
 
+    def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...]) -> jax.Array:
+        """Returns what becomes of an input before it is multiplied with this parameter.
+
+        Args:
+          x: the input.
+          row: axes of it that one sample extends over.
+          over: mesh axes along which ``shard_map`` divides a sample.
+
+        Returns:
+          An array of the shape and type of ``x``.
+        """
+        return x
+
     def storage_bits(self) -> int:
         """Returns the bits really stored: count times width, side data included."""
         return sum(self.bits_by_part().values())
@@ -99,18 +112,28 @@ class Encoded:
         inner = [p.kind() for p in self.parts().values() if isinstance(p, Encoded)]
         return type(self).__name__ + (f"({', '.join(inner)})" if inner else "")
 
-    def __jax_array__(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(
+    def _no_array(self) -> TypeError:
+        return TypeError(
             f"a compressed parameter ({self.kind()} of shape {list(self.shape)}) was used as an "
             "array. Call jaxopt_models.accelerate(fn)(params, ...), where fn takes the parameters "
             "as its first argument (fn, params = jaxopt_models.functional(model)), or rebuild them "
             "first: jaxopt_models.materialize(params)"
         )
 
-    # Whatever is done to an array that a leaf stands for says the same.
+    def __jax_array__(self, *_: Any, **__: Any) -> Any:
+        raise self._no_array()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}"
+            + (": " + str(self._no_array()) if hasattr(np.ndarray, name) or name == "at" else "")
+        )
+
+    # Arithmetic with a leaf, or indexing one, says the same.
     __array__ = __getitem__ = __jax_array__
     __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = __pow__ = __jax_array__
-    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __jax_array__
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __rpow__ = __jax_array__
+    __abs__ = __mod__ = __lt__ = __le__ = __gt__ = __ge__ = __jax_array__
 
     def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
         """Returns how the parts are divided when the tensor is, or ``None`` if they cannot be.

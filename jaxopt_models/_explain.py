@@ -16,10 +16,10 @@ from ._products import multiply_adds, product_of
 from ._roles import Roles, roles
 from ._table import Table
 from ._tracked import is_tracked, readers
-from ._walk import Walk, enter
+from ._walk import ENTERING, Walk
 
 
-def explain(fn: Any, params: Any, args: Any, kwargs: Any) -> Table:
+def explain(fn: Any, params: Any, args: Any, kwargs: Any, *, kernels: bool) -> Table:
     """Says what each parameter meets in ``fn(params, *args, **kwargs)``; nothing is computed.
 
     Args:
@@ -27,16 +27,17 @@ def explain(fn: Any, params: Any, args: Any, kwargs: Any) -> Table:
       params: its parameters, compressed or not, or their shapes.
       args: arrays, shapes (`jax.ShapeDtypeStruct`) and static values.
       kwargs: the same.
+      kernels: whether any may run.
 
     Returns:
       A row for each use of a parameter, and for each product of values that are no parameters:
       path, operation, its axes (`in`, `out`, `stack`), shapes of the parameter, the other operand
       and the result, how often it runs, multiply-adds of all runs, what runs, and a note: why no
       kernel does, why axes cannot be told. Parameters that never reach the program end the table.
-      ``data["multiply_adds"]`` is the sum.
+      ``data["multiply_adds"]`` counts each product once, both branches of a condition.
     """
     frame, arrays = take_apart(fn, params, args, kwargs)
-    walk = Explaining()
+    walk = Explaining(may_run=kernels)
     notes: dict[str, str] = {}
 
     def run(arrays: list[Any]) -> list[Any]:
@@ -80,11 +81,14 @@ class Explaining(Walk):
       rows: by the equation, and those around it, and the path.
       totals: multiply-adds by the equation, and whether it meets a parameter.
       lost: by path where a parameter went that was not followed.
+      may_run: whether kernels may.
     """
 
+    rules = ENTERING
     rows: dict[Any, Any] = dataclasses.field(default_factory=dict)
     totals: dict[Any, tuple[int, bool]] = dataclasses.field(default_factory=dict)
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
+    may_run: bool = True
 
     def lose(self, x: Any, why: str) -> None:
         for o in x.origins:
@@ -108,7 +112,7 @@ class Explaining(Walk):
         value = operands[i].value
         packed = any(map(is_encoded, jax.tree.leaves(value, is_leaf=is_encoded)))
         if packed:
-            kernel, why = pick(eqn, operands)
+            kernel, why = pick(eqn, operands) if self.may_run else (None, "no kernels here")
         notes = [why]
         product = product_of(eqn, i)
         if isinstance(product, str):
@@ -122,9 +126,11 @@ class Explaining(Walk):
             kernel, notes = None, [f"rebuilt before a {ruled[0]}, whose rule is kept"]
         if o.rebuilt:
             notes.append(f"rebuilt whole {o.rebuilt}")
-        if readers(value) and (ruled or isinstance(product, str) or product.lookup):
+        between = len(operands) > 1 and all(is_tracked(v) and v.origins for v in operands)
+        unread = ruled or between or isinstance(product, str) or product.lookup
+        if readers(value) and unread:
             notes.append("its input is not rounded here")
-        runs = kernel.name if kernel else "rebuilt" if packed or o.rebuilt else "dense"
+        runs = kernel.label if kernel else "rebuilt" if packed or o.rebuilt else "dense"
         other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
         costs = multiply_adds(eqn)
         if not isinstance(product, str) and isinstance(r, Roles):
@@ -144,7 +150,7 @@ class Explaining(Walk):
         note: str,
     ) -> None:
         around = [e.primitive.name for e in self.around]
-        where = [] if self.bounded else ["counted once for each iteration of a while loop"]
+        where = [] if self.bounded else ["for one iteration of a while loop"]
         where += ["in a branch"] if "cond" in around else []
         key = (*(id(e) for e in self.around), id(eqn), path)
         out = eqn.outvars[0].aval.shape
@@ -153,16 +159,6 @@ class Explaining(Walk):
         note = "; ".join([*where, note] if note else where)
         self.totals[key[:-1]] = multiply_adds(eqn) * self.times, bool(path)
         self.rows[key] = (path, name, axes, *shapes, self.times, costs * self.times, runs, note)
-
-
-Explaining.rules = {
-    **Walk.rules,
-    # Nothing is differentiated here, so bodies with derivative rules of their own are entered.
-    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), enter),
-    "custom_jvp_call": lambda walk, eqn, operands: (
-        enter if not all(map(is_tracked, operands)) else Walk.rules["custom_jvp_call"]
-    )(walk, eqn, operands),
-}
 
 
 def _multiplies(jaxpr: Any) -> bool:

@@ -1,7 +1,8 @@
 """The one place where an operation, a type of leaf and a platform meet.
 
-A kernel computes an operation on a parameter as it is stored. Without one for the operation, the
-leaf and the platform, the walk rebuilds the parameter; :func:`pick` says why.
+A kernel computes an operation on a parameter as it is stored. :func:`pick` chooses it by operation
+and leaf, or says why there is none; the platform is known when the program is compiled, and on
+others the walk rebuilds the parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from ._encoded import Encoded, is_encoded
+from ._tracked import Deferred, is_tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Kernel:
     """An operation on packed parameters.
 
     Args:
-      name: what :meth:`explain` prints.
+      name: its name in tables.
       operation: primitive, such as ``"dot_general"``.
       leaf: type of the parameter.
       platforms: where it runs: ``"cpu"``, ``"cuda"``, ``"tpu"``.
@@ -35,12 +37,25 @@ class Kernel:
     run: Callable[..., list[Any]]
     refuses: Callable[[Any, Sequence[Any]], str] = lambda eqn, operands: ""
 
+    @property
+    def label(self) -> str:
+        """The name and where it runs; which of these it is, the compiler decides."""
+        return f"{self.name} on {', '.join(self.platforms)}"
+
     def on(self, eqn: Any, operands: Sequence[Any], *, otherwise: Callable[..., Any]) -> list[Any]:
         """Runs where the program is compiled for a platform of this kernel, else ``otherwise``."""
-        values = [getattr(x, "value", x) for x in operands]
-        here = dict.fromkeys(self.platforms, lambda *a: tuple(self.run(eqn, a)))
-        elsewhere = lambda *a: tuple(otherwise(eqn, a))  # noqa: E731
-        return list(jax.lax.platform_dependent(*values, default=elsewhere, **here))
+
+        def elsewhere(*values: Any) -> tuple[Any, ...]:
+            pairs = zip(operands, values, strict=True)
+            return tuple(
+                otherwise(
+                    eqn,
+                    [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs],
+                )
+            )
+
+        here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
+        return list(jax.lax.platform_dependent(*_values(operands), default=elsewhere, **here))
 
 
 KERNELS: list[Kernel] = []
@@ -56,16 +71,23 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
     Returns:
       The first kernel that fits, or ``None`` and why none does.
     """
-    name = eqn.primitive.name
-    leaves = [x.value for x in operands if is_encoded(getattr(x, "value", None))]
-    if len(leaves) != 1:
-        return None, "the parameter is changed before it is used" if not leaves else "two leaves"
+    name, values = eqn.primitive.name, _values(operands)
+    leaves = list(filter(is_encoded, values))
+    if len(leaves) > 1:
+        return None, "two compressed parameters meet"
+    if not leaves:
+        steps = [x.step.name for x in values if isinstance(x, Deferred)]
+        return None, f"the parameter goes through {steps[0]} before it is used"
     [leaf] = leaves
     why = f"no kernel for {name} of {leaf.kind()}"
     for kernel in KERNELS:
         if kernel.operation == name and isinstance(leaf, kernel.leaf):
-            reason = kernel.refuses(eqn, operands)
+            reason = kernel.refuses(eqn, values)
             if not reason:
                 return kernel, ""
             why = f"{kernel.name}: {reason}"
     return None, why
+
+
+def _values(operands: Sequence[Any]) -> list[Any]:
+    return [x.value if is_tracked(x) else x for x in operands]

@@ -99,7 +99,7 @@ class Product:
         mode = self.eqn.params["mode"]
         rows = self.eqn.invars[0].aval.shape[self.reduced[0]]
         flat = indices.reshape(-1)
-        if "FILL" not in str(mode).upper():
+        if mode != jax.lax.GatherScatterMode.FILL_OR_DROP:
             flat = jnp.clip(flat, 0, rows - 1)
         inside = (flat >= 0) & (flat < rows)
         found = jnp.zeros(rows, jnp.int32).at[jnp.where(inside, flat, rows)].add(1, mode="drop")
@@ -140,7 +140,9 @@ def product_of(eqn: Any, position: int) -> Product | str:
             free = tuple(a for a in axes if a not in one)
             return Product(eqn, 0, one, (), free, None, 0)
         return "it is indexed along several axes"
-    return f"{name} is no product"
+    return {"mul": "it scales entry by entry", "add": "it is added"}.get(
+        name, f"{name} is no product with an input"
+    )
 
 
 def multiply_adds(eqn: Any) -> int:

@@ -12,14 +12,14 @@ logger = logging.getLogger("jaxopt_models")
 
 
 @contextlib.contextmanager
-def bar(title: str, total: int, *, done: int = 0, show: bool = True) -> Iterator[Callable]:
+def bar(title: str, total: int | None, *, done: int = 0, show: bool = True) -> Iterator[Callable]:
     """Shows how far a loop has come.
 
     Writes to standard error, and no control codes where that is no terminal.
 
     Args:
       title: what is being done.
-      total: number of steps.
+      total: number of steps; ``None`` if nobody knows.
       done: steps done already.
       show: ``False`` for neither bar nor log lines.
 
@@ -34,7 +34,7 @@ def bar(title: str, total: int, *, done: int = 0, show: bool = True) -> Iterator
         yield from _log_lines(title, total, done)
 
 
-def _rich_bar(title: str, total: int, done: int) -> Iterator[Callable]:
+def _rich_bar(title: str, total: int | None, done: int) -> Iterator[Callable]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -56,8 +56,8 @@ def _rich_bar(title: str, total: int, done: int) -> Iterator[Callable]:
         yield lambda text="": progress.update(task, advance=1, text=text)
 
 
-def _log_lines(title: str, total: int, done: int) -> Iterator[Callable]:
-    start = time.monotonic()
+def _log_lines(title: str, total: int | None, done: int) -> Iterator[Callable]:
+    start, of = time.monotonic(), "" if total is None else f" of {total}"
     state = {"done": done, "next": start + 10}
 
     def advance(text: str = "") -> None:
@@ -65,7 +65,7 @@ def _log_lines(title: str, total: int, done: int) -> Iterator[Callable]:
         now = time.monotonic()
         if now >= state["next"]:
             state["next"] = now + 10
-            logger.info("%s: %d of %d %s", title, state["done"], total, text)
+            logger.info("%s: %d%s %s", title, state["done"], of, text)
 
     yield advance
-    logger.info("%s: %d of %d in %.1f s", title, state["done"], total, time.monotonic() - start)
+    logger.info("%s: %d%s in %.1f s", title, state["done"], of, time.monotonic() - start)

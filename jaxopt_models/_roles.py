@@ -14,7 +14,7 @@ import numpy as np
 
 from ._axes import Axes
 from ._products import Product
-from ._tracked import Origin
+from ._tracked import ARITHMETIC, ENTRYWISE, Origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,9 @@ def pull(
 
     Returns:
       Positions along the axes of the parameter, and how often a point left it on the way.
+
+    Raises:
+      UnknownStep: at a step that is not listed here.
     """
     extras, coords = list(extras), list(coords)
     n = len((extras + coords or [np.zeros(1)])[0])
@@ -107,6 +110,8 @@ def pull(
                 c, off = np.divmod(coords[i] - low, between + 1)
                 outside = outside + ((off != 0) | (c < 0) | (c >= before[i]))
                 coords[i] = c
+        elif name not in ENTRYWISE | ARITHMETIC | {"custom_jvp_call"}:
+            raise UnknownStep(name)
         elif len(before) == len(after):
             coords = [
                 nothing if n == 1 and m != 1 else c
@@ -115,6 +120,10 @@ def pull(
         else:
             coords = []
     return coords, outside
+
+
+class UnknownStep(Exception):
+    """A step of which nothing says where it takes an axis."""
 
 
 class _Lines:
@@ -192,7 +201,10 @@ def roles(o: Origin, product: Product) -> Roles | str:
     """
     if o.lost:
         return o.lost
-    lines = _Lines(o, tuple(product.eqn.invars[product.position].aval.shape))
+    try:
+        lines = _Lines(o, tuple(product.eqn.invars[product.position].aval.shape))
+    except UnknownStep as step:
+        return f"its axes are not followed through {step}"
     if not lines.add_up():
         return "its axes are mixed by a reshape before it is used"
     t = len(lines.taken)

@@ -8,6 +8,7 @@ order and number, and none at all is the neutral state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,6 +49,72 @@ class Statistic:
     def result(self, state: Any, count: jax.Array) -> Any:
         """Returns the statistic."""
         return state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    r"""Exact counts beyond 32 bits, :math:`2^{20} \cdot \mathrm{high} + \mathrm{low}`.
+
+    Counts in `float32` stand still at :math:`2^{24}`, and JAX has no 64-bit integers by default.
+    """
+
+    low: jax.Array
+    high: jax.Array
+
+    @classmethod
+    def of(cls, low: jax.Array, high: Any = 0) -> Tally:
+        """Makes one of counts below :math:`2^{31}`."""
+        low = jnp.asarray(low, jnp.int32)
+        return cls(low & 0xFFFFF, jnp.asarray(high, jnp.int32) + (low >> 20))
+
+    def plus(self, other: Tally) -> Tally:
+        """Adds entry by entry."""
+        return Tally.of(self.low + other.low, self.high + other.high)
+
+    def over(self, axes: tuple[str, ...]) -> Tally:
+        """Adds over mesh axes."""
+        return Tally.of(jax.lax.psum(self.low, axes), jax.lax.psum(self.high, axes))
+
+    def total(self) -> jax.Array:
+        """Returns the counts as `float32`, rounded once."""
+        return self.high.astype(jnp.float32) * 2.0**20 + self.low.astype(jnp.float32)
+
+
+class Count(Statistic):
+    """Number of samples."""
+
+    def of(self, blocks: Blocks) -> Tally:
+        *lead, samples, _ = blocks[0].shape
+        return Tally.of(jnp.full(lead, samples, jnp.int32))
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> Tally:
+        return Tally.of(jnp.asarray(samples, jnp.int32))
+
+    def merge(self, a: Tally, b: Tally) -> Tally:
+        return a.plus(b)
+
+    def over(self, state: Tally, axes: tuple[str, ...]) -> Tally:
+        return state.over(axes)
+
+    def result(self, state: Tally, count: Any) -> jax.Array:
+        return state.total()
+
+
+class Broken(Statistic):
+    """Whether a value was NaN or Inf, 0 or 1."""
+
+    merge_with = "max"
+
+    def of(self, blocks: Blocks) -> jax.Array:
+        found = [jnp.any(~jnp.isfinite(b), axis=(-1, -2)) for b in blocks]
+        return functools.reduce(jnp.logical_or, found).astype(jnp.int32)
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    def zero(self, state: Any) -> jax.Array:
+        return jnp.zeros(state.shape, jnp.int32)
 
 
 class Absmax(Statistic):
@@ -136,17 +203,22 @@ class Bins:
     are either the same or one halves the other, and merging is exact.
 
     Args:
-      counts: `float32` `[*lead, 4096]`.
+      tally: counts, `[*lead, 4096]`.
       exponent: `int32` `[*lead]`.
     """
 
-    counts: jax.Array
+    tally: Tally
     exponent: jax.Array
+
+    @property
+    def counts(self) -> jax.Array:
+        """Number of values in each bin, `float32` `[*lead, 4096]`."""
+        return self.tally.total()
 
     @property
     def edges(self) -> jax.Array:
         """Edges of the bins, `[*lead, 4097]`."""
-        n = self.counts.shape[-1]
+        n = self.tally.low.shape[-1]
         return jnp.ldexp(jnp.linspace(-1.0, 1.0, n + 1), self.exponent[..., None])
 
 
@@ -161,9 +233,10 @@ class Histogram(Statistic):
         return self._count(jnp.concatenate(parts, axis=-1))
 
     def _count(self, x: jax.Array) -> Bins:
+        half = self.bins // 2
         _, exponents = jnp.frexp(jnp.where(jnp.isfinite(x), x, 0))
         e = jnp.max(exponents, axis=-1, initial=self._lowest).astype(jnp.int32)
-        place = jnp.floor(jnp.ldexp(x, 11 - e[..., None])) + self.bins // 2
+        place = jnp.floor(jnp.ldexp(x, half.bit_length() - 1 - e[..., None])) + half
         place = jnp.where(jnp.isfinite(x), place, self.bins).astype(jnp.int32)
 
         def one(place: jax.Array) -> jax.Array:
@@ -171,30 +244,34 @@ class Histogram(Statistic):
 
         for _ in range(x.ndim - 1):
             one = jax.vmap(one)
-        return Bins(one(place).astype(jnp.float32), e)
+        return Bins(Tally.of(one(place)), e)
 
     def of_lookup(self, counts: jax.Array, samples: int) -> Bins:
         # Ones are at the start of a bin of [-2, 2), zeros in the middle one.
-        zeros = float(samples) * counts.shape[0] - jnp.sum(counts)
-        none = jnp.zeros(self.bins, jnp.float32)
-        found = none.at[self.bins // 2].add(zeros).at[self.bins * 3 // 4].add(jnp.sum(counts))
+        ones, rows = Tally.of(jnp.sum(counts)), counts.shape[0]
+        none = Tally.of(jnp.zeros(self.bins, jnp.int32))
+        high, low = divmod(samples * rows, 1 << 20)
+        zeros = Tally.of(low - ones.low, high - ones.high)
+        middle, one = self.bins // 2, self.bins * 3 // 4
+        found = jax.tree.map(lambda a, z, o: a.at[middle].add(z).at[one].add(o), none, zeros, ones)
         return Bins(found, jnp.where(jnp.sum(counts) > 0, 1, self._lowest).astype(jnp.int32))
 
     def zero(self, state: Bins) -> Bins:
         lowest = jnp.full(state.exponent.shape, self._lowest, jnp.int32)
-        return Bins(jnp.zeros(state.counts.shape, jnp.float32), lowest)
+        none = jnp.zeros(state.tally.low.shape, jnp.int32)
+        return Bins(Tally.of(none), lowest)
 
     def merge(self, a: Bins, b: Bins) -> Bins:
         e = jnp.maximum(a.exponent, b.exponent)
-        return Bins(self._coarser(a, e) + self._coarser(b, e), e)
+        return Bins(self._coarser(a, e).plus(self._coarser(b, e)), e)
 
     def over(self, state: Bins, axes: tuple[str, ...]) -> Bins:
         e = jax.lax.pmax(state.exponent, axes)
-        return Bins(jax.lax.psum(self._coarser(state, e), axes), e)
+        return Bins(self._coarser(state, e).over(axes), e)
 
-    def _coarser(self, state: Bins, e: jax.Array) -> jax.Array:
+    def _coarser(self, state: Bins, e: jax.Array) -> Tally:
         half = self.bins // 2
-        shift = jnp.minimum(e - state.exponent, 12)
+        shift = jnp.minimum(e - state.exponent, half.bit_length())
 
         def one(counts: jax.Array, shift: jax.Array) -> jax.Array:
             place = jnp.right_shift(jnp.arange(self.bins) - half, shift) + half
@@ -202,9 +279,11 @@ class Histogram(Statistic):
 
         for _ in range(e.ndim):
             one = jax.vmap(one)
-        return one(state.counts, shift)
+        return Tally.of(one(state.tally.low, shift), one(state.tally.high, shift))
 
 
+#: Of every input, whatever was asked for.
+ALWAYS: dict[str, Statistic] = {"count": Count(), "broken": Broken()}
 STATISTICS: dict[str, Statistic] = {
     "absmax": Absmax(),
     "minmax": MinMax(),

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._encoded import is_encoded
-from ._jaxpr import bind, is_literal
+from ._encoded import Encoded, is_encoded
+from ._jaxpr import bind, bodies, is_literal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def packed(x: Any) -> bool:
 def readers(x: Any) -> list[Any]:
     """Returns the leaves in a value that say what becomes of the input it is multiplied with."""
     found = jax.tree.leaves(x, is_leaf=is_encoded)
-    return [v for v in found if is_encoded(v) and hasattr(v, "read")]
+    return [v for v in found if is_encoded(v) and type(v).read is not Encoded.read]
 
 
 def track(path: str, value: Any) -> Any:
@@ -188,6 +188,22 @@ def _on_stack(step: Step, leaf: Any) -> Any:
                 lambda part: part.reshape(new[: len(new) - len(core)] + part.shape[n:]), leaf
             )
     return None
+
+
+def entrywise(jaxpr: Any) -> bool:
+    """Says whether a body works on each entry of one shape by itself."""
+    shapes = {v.aval.shape for v in (*jaxpr.invars, *jaxpr.outvars)}
+    if len(shapes) != 1 or len(jaxpr.outvars) != 1:
+        return False
+
+    def each(eqn: Any) -> bool:
+        inside = bodies(eqn)
+        if inside and eqn.primitive.name in ("jit", "custom_jvp_call"):
+            return all(map(entrywise, inside))
+        scalars = all(v.aval.shape == () for v in eqn.invars)
+        return scalars or eqn.primitive.name in ENTRYWISE | ARITHMETIC
+
+    return all(map(each, jaxpr.eqns))
 
 
 def several(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -271,7 +287,7 @@ def _in_slice(step: Step) -> Step | None:
 
 
 ENTRYWISE = {
-    *("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "pvary"),
+    *("convert_element_type", "copy", "name", "reduce_precision", "pvary"),
     *("sharding_constraint", "neg", "abs", "sign", "exp", "exp2", "log", "log1p", "expm1", "tanh"),
     *("logistic", "erf", "sqrt", "rsqrt", "cbrt", "square", "integer_pow", "floor", "ceil"),
     *("round", "stop_gradient", "custom_jvp_call", "sin", "cos", "is_finite", "not"),

@@ -22,13 +22,15 @@ and branches.
 
 **How a rule is added.** A rule takes the walk, the equation and its operands, and returns the
 outputs of the equation. Say that ``cumsum`` of a parameter along an axis should be deferred like a
-change of layout, as it hangs on the parameter alone: it needs no more than
+change of layout, as it hangs on the parameter alone: that needs no more than
 
 >>> from jaxopt_models._walk import Walk, deferred
 >>> class Summing(Walk):
 ...     rules = {**Walk.rules, "cumsum": deferred}
 
-A rule for a primitive with a body runs ``walk.body(...)``; see ``_remat``, the shortest.
+(statistics of such a parameter are then listed as missing, until :func:`_roles.pull` says what the
+step does to axes). A rule for a primitive with a body runs ``walk.body(...)``; see ``_remat``,
+the shortest.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from ._tracked import (
     deferred,
     dense,
     dynamic_slice,
+    entrywise,
     is_tracked,
     never,
     packed,
@@ -104,7 +107,8 @@ class Walk:
         for eqn in jaxpr.eqns:
             operands = [read(v) for v in eqn.invars]
             if any(map(is_tracked, operands)) or self.wants(eqn):
-                found = self.rules.get(eqn.primitive.name, Walk.meet)(self, eqn, operands)
+                rule = self.rules.get(eqn.primitive.name, type(self).meet)
+                found = rule(self, eqn, operands)
             else:
                 found = bind(eqn, operands)
                 if all(map(is_literal, eqn.invars)):  # as iota: a constant, too
@@ -118,7 +122,13 @@ class Walk:
         return False
 
     def lose(self, x: Any, why: str) -> None:
-        """Is told that a parameter goes where it is not followed."""
+        """Is told that a parameter goes where it is not followed, or is rebuilt whole."""
+        if readers(x.value):
+            raise ValueError(
+                f"{', '.join(o.path for o in x.origins)}: its input could not be rounded, as "
+                f"{why}; leave quant.Input off it, or change the program (a stack that a loop "
+                "slices needs jaxopt_models.Axes(stack=1))"
+            )
 
     def after(self, eqn: Any, found: list[Any]) -> None:
         """Is told the outputs of every equation."""
@@ -146,8 +156,7 @@ class Walk:
 
         def rebuilt(values: list[Any]) -> list[Any]:
             ordered = values if looping else _in_order(values)
-            arrays = _read(eqn, operands, ordered)
-            return bind(eqn, arrays)
+            return bind(eqn, _rebuilt(eqn, operands, ordered))
 
         values = [x.value if is_tracked(x) else x for x in operands]
         return jax.checkpoint(rebuilt, prevent_cse=not looping)(values)
@@ -172,8 +181,9 @@ class Walk:
                 side={},
             )
             out = child.run(jaxpr, consts, args)
-            for x in filter(_has_origin, out):
-                self.lose(x, f"it is returned by a {eqn.primitive.name}")
+            for v, x in zip(jaxpr.outvars, out, strict=True):
+                if _has_origin(x) and v not in jaxpr.invars:
+                    self.lose(x, f"it is returned by a {eqn.primitive.name}")
             return [dense(x) for x in out], child.side
 
         return run
@@ -225,19 +235,36 @@ class Emitted:
     loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
-def _read(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+def _rebuilt(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     """Rebuilds values; an input goes through what the leaf it is multiplied with says."""
     arrays = [dense(x) for x in values]
     for i, x in enumerate(values):
         product = product_of(eqn, i) if packed(x) and readers(x) else ""
         if isinstance(product, Product) and not (product.lookup or _has_origin(operands[1 - i])):
-            found = [roles(o, product) for o in operands[i].origins]
-            over = [
-                n for r in found if isinstance(r, Roles) for _, names in r.gathered for n in names
-            ]
-            for leaf in readers(x):
-                arrays[1 - i] = leaf.read(arrays[1 - i], product.row, tuple(dict.fromkeys(over)))
+            arrays[1 - i] = _as_read(arrays[1 - i], readers(x), operands[i].origins, product)
     return arrays
+
+
+def _as_read(x: Any, leaves: list[Any], origins: Sequence[Origin], product: Product) -> Any:
+    paths = ", ".join(o.path for o in origins)
+    leaf, *others = leaves
+    if any(_spec(leaf) != _spec(o) for o in others):
+        raise ValueError(
+            f"{paths} meet one input and round it in different ways; give them one quant.Input"
+        )
+    found = [roles(o, product) for o in origins]
+    over = [n for r in found if isinstance(r, Roles) for _, names in r.gathered for n in names]
+    for o, r in zip(origins, found, strict=True):
+        if o.lost and isinstance(r, str):
+            raise ValueError(f"{o.path}: its input could not be rounded, as {r}")
+    try:
+        return leaf.read(x, product.row, tuple(dict.fromkeys(over)))
+    except ValueError as e:
+        raise ValueError(f"{paths}: {e}") from e
+
+
+def _spec(leaf: Any) -> Any:
+    return type(leaf), [getattr(leaf, n) for n in type(leaf).static_names if n != "core"]
 
 
 def _has_origin(x: Any) -> bool:
@@ -300,16 +327,20 @@ def enter(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _custom(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    entrywise = [v.aval.shape for v in eqn.outvars] == [v.aval.shape for v in eqn.invars]
-    return (deferred if entrywise else Walk.meet)(walk, eqn, operands)
+    jaxpr, _ = inner(eqn.params)
+    return (deferred if entrywise(jaxpr) else Walk.meet)(walk, eqn, operands)
 
 
 def _remat(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    fn = walk.body(eqn, *inner(eqn.params))
     p = eqn.params
+    jaxpr, consts = inner(p)
+    fn = walk.body(eqn, jaxpr, consts)
     out, side = jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*operands)
     walk.emit_all(side)
-    return out
+    # What a body hands back as it came is the parameter still; nnx returns all of them.
+    given = {v: x for v, x in zip(jaxpr.invars, operands, strict=True) if is_tracked(x)}
+    pairs = zip(jaxpr.outvars, out, strict=True)
+    return [x if is_literal(v) else given.get(v, x) for v, x in pairs]
 
 
 def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -321,7 +352,7 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     depth = walk.depth + 1
     run = walk.body(eqn, jaxpr, jaxpr_consts, loop=True, times=p["length"])
     shapes = [tuple(v.aval.shape) for v in eqn.invars[n + m :]]
-    pairs = [_slices(x, shape, depth) for x, shape in zip(xs, shapes, strict=True)]
+    pairs = [_slices(walk, x, shape, depth) for x, shape in zip(xs, shapes, strict=True)]
     parts, opened = [value for value, _ in pairs], [open_ for _, open_ in pairs]
 
     def once(moving: Any, parts: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
@@ -375,13 +406,17 @@ class _Carry:
         return [x if s else next(left) for x, s in zip(self.values, self.still, strict=True)]
 
 
-def _slices(x: Any, shape: tuple[int, ...], depth: int) -> tuple[Any, Callable[[Any], Any]]:
+def _slices(
+    walk: Walk, x: Any, shape: tuple[int, ...], depth: int
+) -> tuple[Any, Callable[[Any], Any]]:
     """Returns what a scan runs over, and how one slice of it becomes an operand."""
     if not is_tracked(x):
         return x, lambda part: part
     hop = Hop(Step("loop", None, never), 0, shape, shape[1:])
     value, inside = sliceable(x.value)
     whole = "before the loop" if packed(x) and not packed(value) else ""
+    if whole and x.origins:
+        walk.lose(x, f"it is rebuilt whole {whole}")
 
     def open_(part: Any) -> Tracked:
         origins = [
@@ -466,7 +501,7 @@ def _shard_map(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     run = walk.body(eqn, *inner(p))
     shapes = [tuple(v.aval.shape) for v in eqn.invars]
     triples = [
-        _shards(x, shape, spec, p["mesh"])
+        _shards(walk, x, shape, spec, p["mesh"])
         for x, shape, spec in zip(operands, shapes, p["in_specs"], strict=True)
     ]
 
@@ -487,7 +522,9 @@ def _shard_map(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _shards(x: Any, shape: tuple[int, ...], spec: Any, mesh: Any) -> tuple[Any, Any, Any]:
+def _shards(
+    walk: Walk, x: Any, shape: tuple[int, ...], spec: Any, mesh: Any
+) -> tuple[Any, Any, Any]:
     """Returns what ``shard_map`` divides, how, and how one shard becomes an operand."""
     if not is_tracked(x):
         return x, spec, lambda part: part
@@ -498,6 +535,7 @@ def _shards(x: Any, shape: tuple[int, ...], spec: Any, mesh: Any) -> tuple[Any, 
     if is_encoded(x.value) and (specs := x.value.specs(spec, local)) is not None:
         return x.value, specs, lambda part: Tracked(part.resized(local), origins)
     if packed(x):
+        walk.lose(x, "it is rebuilt whole before shard_map")
         origins = tuple(dataclasses.replace(o, rebuilt="before shard_map") for o in origins)
     return dense(x), spec, lambda part: Tracked(part, origins)
 
@@ -521,11 +559,19 @@ Walk.rules = {
     **dict.fromkeys(ENTRYWISE | ARITHMETIC | LAYOUT, deferred),
     **dict.fromkeys(("split", "unstack"), several),
     "dynamic_slice": dynamic_slice,
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), enter),
-    **dict.fromkeys(("remat2", "remat", "checkpoint"), _remat),
+    **dict.fromkeys(("jit", "closed_call"), enter),
+    "remat2": _remat,
     "custom_jvp_call": _custom,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
+}
+# Where nothing is differentiated, bodies with derivative rules of their own may be entered.
+ENTERING: dict[str, Callable[..., list[Any]]] = {
+    **Walk.rules,
+    "custom_vjp_call": enter,
+    "custom_jvp_call": lambda walk, eqn, operands: (
+        _custom if all(map(is_tracked, operands)) else enter
+    )(walk, eqn, operands),
 }

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from .._axes import Axes
 from .._encoded import Encoded, is_encoded, leaf, static
 from .._encoder import Encoder, check_keep, check_tensor, masked
+from .._jaxpr import varying
 from .._options import whole
 from ._int import divide, positive
 
@@ -65,17 +66,8 @@ class WithInput(Encoded):
         rest = {k: grid for k in self.parts() if k != "values"}
         return None if values is None else dataclasses.replace(self, values=values, **rest)
 
-    def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...] = ()) -> jax.Array:
-        """Rounds an input.
-
-        Args:
-          x: the input.
-          row: axes of it that one sample extends over.
-          over: mesh axes along which ``shard_map`` divides a sample.
-
-        Returns:
-          Values on the grid, in shape and type of ``x``.
-        """
+    def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...]) -> jax.Array:
+        """Rounds an input to the grid."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scale, zero = self.scale, self.zero_point
         if scale is None:
@@ -83,10 +75,12 @@ class WithInput(Encoded):
             low = jnp.min(wide, axis=axes, keepdims=True, initial=0)
             high = jnp.max(wide, axis=axes, keepdims=True, initial=0)
             low, high = jax.lax.stop_gradient((low, high))
+            # The whole input is that of all devices which have a part of it.
+            over = over if self.per == "row" else tuple(sorted(varying(x)))
             if over:
                 low, high = -jax.lax.pmax(-low, over), jax.lax.pmax(high, over)
             scale, zero = grid(low, high, self.bits, self.symmetric)
-        elif scale.ndim:
+        elif scale.size > 1:
             raise ValueError(
                 f"an input scale for each of {scale.shape} stacked tensors, used at once; use "
                 "per='row' or 'tensor' for this parameter"
@@ -116,8 +110,8 @@ class Input(Encoder):
     Args:
       bits: width of an input, 2 to 8.
       per: what shares a grid: ``"row"``, one sample (a token; an example of a convolution);
-        ``"tensor"``, the whole input, both chosen anew for every input; ``"static"``, all inputs,
-        chosen from the statistics of calibration.
+        ``"tensor"``, the whole input (under `vmap` that of each element), both chosen anew for
+        every input; ``"static"``, all inputs, chosen from the statistics of calibration.
       symmetric: a grid around zero, or one between the least and the greatest input.
 
     Raises:
@@ -148,6 +142,8 @@ class Input(Encoder):
             raise ValueError(f"Input: bits={self.bits!r} is not a width of 2 to 8")
         if self.per not in ("row", "tensor", "static"):
             raise ValueError(f"Input: per={self.per!r} is not 'row', 'tensor' or 'static'")
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"Input: symmetric={self.symmetric!r} is neither True nor False")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -169,6 +165,8 @@ class Input(Encoder):
                 raise ValueError("Input keeps the values as they are; give keep= to their encoder")
             values = w.values if isinstance(w, WithInput) else w
             stack = len(w.stack)
+            if axes is not None and axes.stack != stack:
+                raise ValueError(f"axes say stack={axes.stack}, the leaf has stack axes {w.stack}")
         else:
             check_tensor(w)
             values, stack = jnp.asarray(w), (axes or Axes()).resolve(jnp.ndim(w)).stack

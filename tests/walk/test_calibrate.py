@@ -177,7 +177,7 @@ def test_shard_map():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     specs = (P(None, "model"), P("model"), P(), P("data"))
     f = jax.shard_map(tensor_parallel, mesh=mesh, in_specs=specs, out_specs=P("data"))
-    params, x = {"a": normal(6, 8), "b": normal(8, 4), "v": normal(3, 6, 6)}, normal(16, 6)
+    params, x = {"a": normal(6, 8) / 3, "b": normal(8, 4), "v": normal(3, 6, 6) / 3}, normal(16, 6)
     stats = jom.calibrate(lambda p, x: f(p["a"], p["b"], p["v"], x), params, [(x,)], ALL)
     *seen, last = forward([*params["v"], np.zeros((6, 6))], x)
     for i, s in enumerate(seen):
@@ -221,9 +221,9 @@ def test_what_cannot_be_had_is_listed():
     assert sorted(stats) == ["long", "w"]
     assert stats["long"].names == ("absmax",)
     assert stats.missing == {
-        "b": "add is no product",
+        "b": "it is added",
         "unused": "it is not in the program",
-        "long": "gram of 9 rows is beyond gram_rows",
+        "long": "gram of 9 rows: raise gram_rows",
     }
 
 

@@ -227,7 +227,7 @@ def test_a_kernel_runs_where_it_fits_and_the_table_says_so(halving):
 
     run = jom.accelerate(product)
     np.testing.assert_allclose(run(p, X), 0.5 * product(jom.materialize(p), X), rtol=1e-6)
-    assert run.explain(p, X)[0]["runs"] == "halves"
+    assert run.explain(p, X)[0]["runs"] == "halves on cpu"
     np.testing.assert_allclose(run(p, X[:1]), product(jom.materialize(p), X[:1]), rtol=1e-6)
     row = run.explain(p, X[:1])[0]
     assert (row["runs"], row["note"]) == ("rebuilt", "halves: one row only")
