@@ -33,7 +33,9 @@ def functional(
     collection, its inside, so that paths are `ip1/kernel` in both frameworks.
 
     Random state inside an nnx module (`nnx.Dropout(rngs=...)`) is part of `params`: with
-    `mutable=False` the same `params` give the same noise at every call. Intermediates that the
+    `mutable=False` the same `params` give the same noise at every call. Under `jit` a call that
+    writes to an nnx *weight* is not noticed, as `nnx.remat` and `nnx.jit` hand every weight back as
+    a new array. Intermediates that the
     call sows, and Python attributes it sets on an nnx module, are dropped.
 
     Args:

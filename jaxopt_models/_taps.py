@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from ._call import Program, finish, name_of, take_apart, trace
-from ._jaxpr import bodies, scope_of
+from ._jaxpr import bodies, is_literal, scope_of
 from ._paths import flatten
 from ._table import Table
 from ._tracked import dense, is_tracked
 from ._walk import Emitted, Walk
 
-_CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_CLOSED = ("custom_jvp_call", "custom_vjp_call")
 
 
 def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
@@ -58,9 +58,12 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
       >>> found["hidden"]
       Array([[1., 0.]], dtype=float32)
     """
-    if isinstance(names, str):
-        names = (names,)
-    names = tuple(names)
+    if not callable(fn):
+        raise TypeError(f"taps: fn is {type(fn).__name__}; give a function of (params, ...)")
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    wrong = [n for n in names if not isinstance(n, str)]
+    if wrong:
+        raise TypeError(f"taps: {wrong[0]!r} is no name; give strings such as 'ip1/kernel'")
 
     @functools.wraps(fn)
     def tapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -77,7 +80,10 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
             found[walk.order[int(key)][0]].append(walk.side[key].value)
         for name, values in found.items():
             if not values:
-                raise ValueError(f"taps: {name!r} meets no operation in {name_of(fn)}")
+                raise ValueError(
+                    f"taps: the parameter {name!r} meets no operation in {name_of(fn)}; "
+                    "accelerate(fn).explain(params, ...) says where it goes"
+                )
         return finish(program, out), {
             n: v[0] if len(v) == 1 else tuple(v) for n, v in found.items()
         }
@@ -85,6 +91,7 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     kept = jax.jit(run, static_argnums=0)
 
     def table(params: Any, *args: Any, **kwargs: Any) -> Table:
+        """Lists every name there is in such a call, with shapes; shapes are enough."""
         frame, arrays = take_apart(fn, params, args, kwargs)
         sites: list[Any] = []
 
@@ -110,14 +117,12 @@ class _Site:
     Args:
       eqn: the equation.
       trail: the equations around it, and itself, by identity.
-      scope: its name scope in the whole program.
       label: its name as an equation.
       leaving: by scope which of its outputs leave that scope.
     """
 
     eqn: Any
     trail: tuple[int, ...]
-    scope: str
     label: str
     leaving: dict[str, list[int]]
 
@@ -131,10 +136,10 @@ def _sites(
     readers: dict[Any, list[str | None]] = {}
     for e, scope in zip(jaxpr.eqns, scopes, strict=True):
         for v in e.invars:
-            if hasattr(v, "aval") and not hasattr(v, "val"):
+            if not is_literal(v):
                 readers.setdefault(v, []).append(scope)
     for v in jaxpr.outvars:
-        if not hasattr(v, "val"):
+        if not is_literal(v):
             readers.setdefault(v, []).append(None)
     found = []
     for e, scope in zip(jaxpr.eqns, scopes, strict=True):
@@ -150,7 +155,7 @@ def _sites(
         if name == "name":
             leaving.setdefault(e.params["name"], []).append(0)
         trail = tuple(id(a) for a in (*around, e))
-        found.append(_Site(e, trail, scope, f"{name}:{n}", leaving))
+        found.append(_Site(e, trail, f"{name}:{n}", leaving))
         if name not in _CLOSED:
             for body in bodies(e):
                 found += _sites(body, (*around, e), counts)
@@ -172,19 +177,19 @@ def _scopes(sites: list[_Site]) -> dict[str, list[tuple[tuple[_Site, int], Any]]
 
 def _resolve(
     names: Sequence[str], program: Program, params: Any, fn: str
-) -> tuple[dict[tuple[int, ...], list[tuple[str, int]]], dict[str, str]]:
+) -> tuple[dict[tuple[int, ...], list[tuple[str, int]]], dict[str, list[str]]]:
     """Returns outputs of equations by trail, and parameters by path, with the names for them."""
     sites = _sites(program.jaxpr)
     scopes = _scopes(sites)
     known = {p.path for p in flatten(params)[0]}
     labels = {s.label: s for s in sites}
     wanted: dict[tuple[int, ...], list[tuple[str, int]]] = {}
-    paths: dict[str, str] = {}
+    paths: dict[str, list[str]] = {}
     for full in names:
         kind, _, rest = full.partition(":")
         kind, name = (kind, rest) if kind in ("path", "scope", "eqn") else ("", full)
         if kind in ("", "path") and name in known:
-            paths[name] = full
+            paths.setdefault(name, []).append(full)
             continue
         if kind in ("", "scope"):
             ending = [s for s in scopes if ("/" + s).endswith("/" + name)]
@@ -200,10 +205,12 @@ def _resolve(
             for i in range(len(site.eqn.outvars)):
                 wanted.setdefault(site.trail, []).append((full, i))
             continue
+        there = {"path": sorted(known), "scope": sorted(scopes), "eqn": sorted(labels)}
+        kinds = {"path": "parameters", "scope": "scopes", "eqn": "equations"}
+        lists = [f"{kinds[k]} are {there[k]}" for k in ([kind] if kind else ["path", "scope"])]
         raise ValueError(
-            f"taps: {full!r} is neither a parameter, a scope nor an equation of {fn}. Scopes are "
-            f"{sorted(scopes)}, parameters {sorted(known)}; taps(fn, ...).table(params, *args) "
-            "lists everything"
+            f"taps: {full!r} is no {'such name' if kind else 'parameter, scope or equation'} of "
+            f"{fn}: {'; '.join(lists)}. taps(fn, []).table(params, *args) lists everything"
         )
     return wanted, paths
 
@@ -219,7 +226,7 @@ class Tapping(Walk):
     """
 
     wanted: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    paths: dict[str, str] = dataclasses.field(default_factory=dict)
+    paths: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     order: list[Any] = dataclasses.field(default_factory=list)
     collects = True
 
@@ -239,7 +246,8 @@ class Tapping(Walk):
         for x in operands:
             for o in x.origins if is_tracked(x) else ():
                 if o.path in self.paths:
-                    self._tap(self.paths[o.path], (self._trail(eqn), 0), found[0])
+                    for name in self.paths[o.path]:
+                        self._tap(name, (self._trail(eqn), 0), found[0])
         return found
 
     def _tap(self, name: str, what: Any, value: Any) -> None:

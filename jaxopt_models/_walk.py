@@ -570,8 +570,5 @@ Walk.rules = {
 # Where nothing is differentiated, bodies with derivative rules of their own may be entered.
 ENTERING: dict[str, Callable[..., list[Any]]] = {
     **Walk.rules,
-    "custom_vjp_call": enter,
-    "custom_jvp_call": lambda walk, eqn, operands: (
-        _custom if all(map(is_tracked, operands)) else enter
-    )(walk, eqn, operands),
+    **dict.fromkeys(("custom_vjp_call", "custom_jvp_call"), enter),
 }

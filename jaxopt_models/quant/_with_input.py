@@ -196,7 +196,7 @@ def grid(low: Any, high: Any, bits: int, symmetric: bool) -> tuple[jax.Array, ja
 
 def _round(x: jax.Array, scale: Any, zero: Any, bits: int, symmetric: bool) -> jax.Array:
     low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    scale = scale.reshape(scale.shape or (1,) * x.ndim)
+    scale = scale.reshape((1,) * x.ndim if scale.size == 1 else scale.shape)
     zero = jnp.zeros_like(scale) if zero is None else zero.reshape(scale.shape)
 
     @jax.custom_jvp

@@ -245,6 +245,74 @@ def test_a_recipe_gets_what_its_encoders_need_and_compress_uses_it():
         jom.calibrate(fn, params, [(x,)], [jom.Rule("w", quant.Int(bits=8))])
 
 
+def test_counts_are_exact_beyond_float32():
+    params = {"w": normal(2, 2)}
+    million = (jnp.ones((1 << 20, 2)),)
+    stats = jom.calibrate(lambda p, x: x @ p["w"], params, [million] * 17, ["histogram", "mean"])
+    one = jom.calibrate(lambda p, x: x @ p["w"], params, [(jnp.ones((3, 2)),)], ["histogram"])
+    tally = stats["w"].states["count"].plus(one["w"].states["count"])
+    assert int(tally.high) * 2**20 + int(tally.low) == 17 * 2**20 + 3
+    assert stats["w"].histogram.counts.max() == 2 * 17 * 2**20
+    np.testing.assert_array_equal(stats["w"].mean, [1, 1])
+
+
+def test_a_generator_with_a_bar_and_batches_of_other_shapes(capsys):
+    params, seen = {"w": normal(6, 3)}, []
+
+    def batches():
+        for n in (4, 4, 3):
+            assert len(seen) <= 1  # none is kept
+            seen[:] = [n]
+            yield (normal(n, 6),)
+
+    stats = jom.calibrate(lambda p, x: x @ p["w"], params, batches(), progress=True)
+    assert stats["w"].count == 11
+
+
+def test_statistics_are_pytrees():
+    params, tokens = {"e": normal(10, 4)}, jnp.array([[1, 2, 2]])
+    stats = jom.calibrate(lambda p, t: p["e"][t] @ p["e"].T, params, [(tokens,)])["e"]
+    twice = jax.tree.map(jnp.add, stats, stats)
+    np.testing.assert_array_equal(twice.absmax, 2 * stats.absmax)
+    assert len(twice.others) == 1
+
+
+def test_a_rule_that_is_not_entrywise_hides_axes():
+    @jax.custom_jvp
+    def turned(w):
+        return w.T
+
+    turned.defjvp(lambda p, t: (turned(*p), t[0].T))
+
+    @jax.custom_jvp
+    def two(a, b):
+        return a + b, a - b
+
+    two.defjvp(lambda p, t: (two(*p), two(*t)))
+    params, x = {"w": normal(6, 6), "u": normal(6, 6)}, normal(4, 6)
+    stats = jom.calibrate(lambda p, x: x @ turned(p["w"]), params, [(x,)])
+    assert stats["w"].axes == jom.Axes(out=(0,))
+    stats = jom.calibrate(lambda p, x: x @ two(p["w"], p["u"])[0], params, [(x,)])
+    assert sorted(stats) == ["u", "w"]
+    stats = jom.calibrate(lambda p, x: x @ jnp.cumsum(p["w"], 0), params, [(x,)])
+    assert "w" in stats.missing
+
+
+def test_a_vocabulary_over_several_devices_is_listed():
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,))
+
+    def lookup(e, t):
+        mine = t - 4 * lax.axis_index("m")
+        found = jnp.where((mine >= 0)[:, None] & (mine < 4)[:, None], e[jnp.clip(mine, 0, 3)], 0)
+        return lax.psum(found, "m")
+
+    f = jax.shard_map(lookup, mesh=mesh, in_specs=(P("m"), P()), out_specs=P())
+    params, tokens = {"e": normal(8, 3)}, jnp.array([0, 5, 7])
+    np.testing.assert_allclose(f(params["e"], tokens), params["e"][tokens])
+    stats = jom.calibrate(lambda p, t: f(p["e"], t), params, [(tokens,)])
+    assert stats.missing["e"] == "it is looked up in rows that shard_map divides"
+
+
 def test_errors_say_what_to_do():
     params, x = {"w": normal(6, 4)}, normal(5, 6)
 
@@ -261,5 +329,14 @@ def test_errors_say_what_to_do():
         jom.calibrate(fn, params, [(x.at[0, 0].set(jnp.nan),)])
     with pytest.raises(ValueError, match="calibrate: no parameter reached the program"):
         jom.calibrate(lambda p, x: x @ params["w"], params, [(x,)])
+    for wrong in (None, 3, jom.Rule("w", quant.Int(bits=8))):
+        with pytest.raises(TypeError, match="give a list of names, or a recipe"):
+            jom.calibrate(fn, params, [(x,)], wrong)
+    with pytest.raises(ValueError, match="gram_rows=-1"):
+        jom.calibrate(fn, params, [(x,)], gram_rows=-1)
+    with pytest.raises(TypeError, match="gram_rows"):
+        jom.calibrate(fn, params, [(x,)], gram_rows="many")
+    with pytest.raises(TypeError, match="fn is NoneType"):
+        jom.calibrate(None, params, [(x,)])
     with pytest.raises(AttributeError, match=r"has no 'gram'; it has \['absmax'\]"):
         _ = jom.calibrate(fn, params, [(x,)])["w"].gram

@@ -1,5 +1,6 @@
 """The table of what each parameter meets, the errors, and the calls that are kept."""
 
+import dataclasses
 import inspect
 from typing import ClassVar
 
@@ -120,10 +121,40 @@ def test_eager_calls_of_the_same_shapes_trace_once():
     assert len(traced) == 4
     np.testing.assert_allclose(run(p, X, 3.0), 3 * run(p, X), rtol=1e-6)
 
-    class Unhashable(list):
-        __hash__ = None
 
-    jom.accelerate(lambda p, x, opts: x @ p["w"])(p, X, jax.tree_util.Partial(Unhashable))
+def test_equal_values_of_another_type_are_another_program():
+    def scaled(p, x, k):
+        return k * jnp.arange(3), x @ p["w"]
+
+    run, p = jom.accelerate(scaled), small()
+    for k, kind in ((2, "int32"), (2.0, "float32"), (True, "int32"), (2, "int32")):
+        assert run(p, X, k)[0].dtype == kind
+    signs = jom.accelerate(lambda p, x, z: (jnp.copysign(1.0, z), x @ p["w"]))
+    assert (signs(p, X, 0.0)[0], signs(p, X, -0.0)[0]) == (1, -1)
+
+
+def test_what_cannot_be_hashed_is_run_anew():
+    traced = []
+
+    class Options:
+        __hash__ = None
+        factor = 2
+
+    def scaled(p, x, options):
+        traced.append(1)
+        return options.factor * (x @ p["w"])
+
+    run, p, options = jom.accelerate(scaled), small(), Options()
+    first = run(p, X, options)
+    options.factor = 3
+    np.testing.assert_allclose(run(p, X, options), 1.5 * first, rtol=1e-6)
+    assert len(traced) == 2
+
+
+def test_parameters_may_be_given_by_name():
+    p, run = small(), jom.accelerate(fn)
+    np.testing.assert_array_equal(run(x=X, p=p), run(p, X))
+    assert run.explain(x=X, p=p).rows == run.explain(p, X).rows
 
 
 def test_a_value_that_is_no_array_stays_what_it_is():
@@ -231,6 +262,18 @@ def test_a_kernel_runs_where_it_fits_and_the_table_says_so(halving):
     np.testing.assert_allclose(run(p, X[:1]), product(jom.materialize(p), X[:1]), rtol=1e-6)
     row = run.explain(p, X[:1])[0]
     assert (row["runs"], row["note"]) == ("rebuilt", "halves: one row only")
-    np.testing.assert_allclose(
-        jom.simulate(product)(p, X), product(jom.materialize(p), X), rtol=1e-6
-    )
+    simulated = jom.simulate(product)
+    np.testing.assert_allclose(simulated(p, X), product(jom.materialize(p), X), rtol=1e-6)
+    assert simulated.explain(p, X)[0]["runs"] == "rebuilt"
+    wrapped = jom.compress(PARAMS, [jom.Rule("w", quant.Input(bits=8))])
+    halving_input = dataclasses.replace(halving, leaf=quant.WithInput)
+    _kernels.KERNELS.append(halving_input)
+    try:
+        got = jax.jit(jax.vmap(run, (None, 0)))(wrapped, X[None])[0]
+        np.testing.assert_allclose(got, 0.5 * product(PARAMS, X), rtol=1e-6)
+        other = dataclasses.replace(halving_input, platforms=("tpu",), name="elsewhere")
+        _kernels.KERNELS[-1] = other
+        got = jom.accelerate(product)(wrapped, X)
+        np.testing.assert_allclose(got, jom.simulate(product)(wrapped, X), rtol=1e-6)
+    finally:
+        _kernels.KERNELS.pop()

@@ -153,6 +153,66 @@ def test_other_encoders_encode_the_values_in_place():
     assert leaf.check() == [] and leaf.storage_bits() == quant.Int(bits=8)(W).storage_bits()
 
 
+REVERSED = {
+    "a reversed stack": lambda p, x: lax.scan(lambda h, w: (h @ w, None), x, p["v"][::-1])[0],
+    "a carry": lambda p, x: x @ lax.scan(lambda w, _: (0.5 * w, None), p["v"][0], length=2)[0],
+    "returned by remat": lambda p, x: x @ jax.checkpoint(lambda v: v[0] * 2)(p["v"]),
+}
+
+
+@pytest.mark.parametrize("name", REVERSED)
+def test_rounding_is_never_dropped_in_silence(name):
+    small = jom.compress({"v": V}, [jom.Rule("v", quant.Input(bits=2), jom.Axes(stack=1))])
+    with pytest.raises(ValueError, match="v: its input could not be rounded, as it is"):
+        jom.simulate(REVERSED[name])(small, X)
+    undeclared = jom.compress({"v": V}, [jom.Rule("v", quant.Input(bits=2))])
+    with pytest.raises(ValueError, match=r"Axes\(stack=1\)"):
+        jom.simulate(lambda p, x: lax.scan(lambda h, w: (h @ w, None), x, p["v"])[0])(undeclared, X)
+
+
+def test_static_grids_of_a_stack_sliced_by_hand():
+    recipe = [jom.Rule("v", quant.Input(bits=6, per="static"), jom.Axes(stack=1))]
+
+    def scanned(p, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["v"])[0]
+
+    def unrolled(p, x):
+        for w in p["v"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    def fori(p, x):
+        return lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["v"][i]), x)
+
+    small = jom.compress(
+        {"v": V}, recipe, stats=jom.calibrate(scanned, {"v": V}, [(X,)], ["minmax"])
+    )
+    want = jom.simulate(scanned)(small, X)
+    for fn in (unrolled, fori):
+        np.testing.assert_allclose(jom.simulate(fn)(small, X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_that_meet_one_input_agree_or_say_so():
+    params = {"w": W, "u": W + 1}
+    same = jom.compress(params, [jom.Rule("w|u", quant.Input(bits=4))])
+    got = jom.simulate(lambda p, x: x @ (p["w"] + p["u"]))(same, X)
+    want = rounded(X, (1,), 4) @ np.asarray(2 * W + 1, np.float64)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    two = [jom.Rule("w", quant.Input(bits=4)), jom.Rule("u", quant.Input(bits=8))]
+    with pytest.raises(ValueError, match="w, u meet one input and round it in different ways"):
+        jom.simulate(lambda p, x: x @ (p["w"] + p["u"]))(jom.compress(params, two), X)
+
+
+def test_a_whole_input_over_several_devices_has_one_grid():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    f = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    small = small_of({"w": W}, quant.Input(bits=3, per="tensor"))
+    one = jom.simulate(lambda p, x: x @ p["w"])(small, X)
+    np.testing.assert_allclose(
+        jom.simulate(lambda p, x: f(p["w"], x))(small, X), one, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_errors():
     with pytest.raises(ValueError, match="bits=9 is not a width of 2 to 8"):
         quant.Input(bits=9)

@@ -107,6 +107,8 @@ def test_loops_branches_and_several_values():
     close(found["tanh:0"], last)
     close(found["cos:0"], jnp.zeros((5, 4)))
     close(found["sin:0"], jnp.sin(last))
+    both = jom.taps(lambda p, x: x @ p["a"], ["a", "path:a"])(PARAMS, X)[1]
+    close(both["a"], both["path:a"])
     twice = jom.taps(lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"], ["a"])(PARAMS, X)[1]["a"]
     assert isinstance(twice, tuple) and len(twice) == 2
     close(twice[0], X @ PARAMS["a"])
@@ -119,7 +121,7 @@ def test_remat_and_custom_rules_keep_what_they_are():
     tapped = jom.taps(fn, ["sin:0"])
     close(tapped(PARAMS, X)[1]["sin:0"], jnp.sin(X @ PARAMS["a"]))
     assert "remat" in str(jax.make_jaxpr(tapped)(PARAMS, X))
-    with pytest.raises(ValueError, match="'max:0' is neither"):
+    with pytest.raises(ValueError, match="'max:0' is no parameter"):
         jom.taps(fn, ["max:0"])(PARAMS, X)  # inside relu, which has a rule of its own
 
 
@@ -157,7 +159,7 @@ def test_the_table_lists_what_there_is():
 
 
 def test_errors_list_the_names():
-    with pytest.raises(ValueError, match=r"'second' is neither .* Scopes are .*'first'"):
+    with pytest.raises(ValueError, match=r"'second' is no parameter, .*scopes are .*'first'"):
         jom.taps(model, ["second"])(PARAMS, X)
 
     class Two(nn.Module):
@@ -174,4 +176,10 @@ def test_errors_list_the_names():
     fn, params = jom.functional((module, module.init(jax.random.key(0), X)))
     with pytest.raises(ValueError, match="'dense' ends several scopes"):
         jom.taps(fn, ["dense"])(params, X)
+    with pytest.raises(ValueError, match=r"'eqn:sin:9' is no such name .*equations are .*dot_gen"):
+        jom.taps(fn, ["eqn:sin:9"])(params, X)
+    with pytest.raises(TypeError, match="1 is no name"):
+        jom.taps(fn, [1])
+    with pytest.raises(TypeError, match="fn is NoneType"):
+        jom.taps(None, [])
     assert jom.taps(fn, "one/dense")(params, X)[1]["one/dense"].shape == (5, 4)
