@@ -26,7 +26,10 @@ def accelerate(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Arrays among the arguments are traced, all else (numbers, strings, flags) is part of the
     program, as under `jax.jit` with static arguments: a call with the same structure, shapes and
-    rest runs the program kept from before, also outside of `jax.jit`.
+    rest runs the program kept from before, also outside of `jax.jit`. So call ``accelerate(fn)``
+    once, not inside a loop; and as with `jax.jit`, what ``fn`` changes in its arguments (the
+    statistics of an nnx module, random counters) is lost: take ``fn`` from
+    :func:`functional` with ``mutable=True``, which returns it.
 
     Args:
       fn: function of parameters (a pytree) and anything else.
@@ -88,7 +91,7 @@ def _wrapped(fn: Callable[..., Any], who: str, walk: type[Walk]) -> Callable[...
         raise TypeError(f"{who}: fn is {type(fn).__name__}; give a function of (params, ...)")
 
     def run(frame: Frame, arrays: list[Any]) -> Any:
-        program = trace(frame, arrays, who=who, every=bool(readers(frame.restore(arrays)[0])))
+        program = trace(fn, frame, arrays, who=who, every=bool(readers(frame.restore(arrays)[0])))
         return finish(program, walk().run(program.jaxpr, program.consts, program.operands))
 
     kept = jax.jit(run, static_argnums=0)
@@ -103,7 +106,7 @@ def _wrapped(fn: Callable[..., Any], who: str, walk: type[Walk]) -> Callable[...
         params, *args = taken(args, kwargs)
         if not any(map(is_encoded, jax.tree.leaves(params, is_leaf=is_encoded))):
             return fn(params, *args, **kwargs)
-        frame, arrays = take_apart(fn, params, args, kwargs)
+        frame, arrays = take_apart(params, args, kwargs)
         return (kept if frame.hashable() else run)(frame, arrays)
 
     def explained(*args: Any, **kwargs: Any) -> Table:

@@ -121,7 +121,8 @@ def calibrate(
     A parameter that is multiplied with an input, :math:`y = x W` in any form, sees the rows of
     :math:`x`: of a convolution the patches, zero padding included; of a lookup one-hot rows.
     Several uses add up, over all iterations of loops, branches taken, and devices of a sharded
-    batch; stacked layers have statistics of their own.
+    batch; stacked layers have statistics of their own. (The condition of a ``while`` loop counts
+    as often as its body.)
 
     Args:
       fn: function of `(params, ...)`; it is not changed, and needs no hooks.
@@ -135,7 +136,8 @@ def calibrate(
       progress: show a bar, a step for each batch.
 
     Returns:
-      ``{path: Stats}``, with the attribute ``missing``: parameters that meet no input, and why.
+      ``{path: Stats}``, with the attribute ``missing``: parameters that meet no input, or have
+      another use that could not be read, and why.
 
     Raises:
       TypeError: if a batch is no tuple, or an option has another type.
@@ -160,7 +162,7 @@ def calibrate(
     kept: Any = None
 
     def add(frame: Frame, arrays: list[Any], total: Any) -> Any:
-        program = trace(frame, arrays, who="calibrate", every=True)
+        program = trace(fn, frame, arrays, who="calibrate", every=True)
         walk = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
         walk.run(program.jaxpr, program.consts, program.operands)
         for p in program.unreached:
@@ -180,12 +182,14 @@ def calibrate(
                     f"calibrate: a batch is {type(batch).__name__}; give the tuple of the "
                     "arguments after params: [(x,) for x in ...]"
                 )
-            frame, arrays = take_apart(fn, params, batch, {})
+            frame, arrays = take_apart(params, batch, {})
+            if any(isinstance(a, jax.core.Tracer) for a in arrays):
+                raise TypeError("calibrate runs on data: call it outside of jit, grad and vmap")
             if kept is None:
                 shapes = jax.eval_shape(functools.partial(add, frame), arrays, None)
                 empty = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
                 kept = {k: empty.zero(e) for k, e in shapes.items()}
-            kept = compiled(frame, arrays, kept)
+            kept = (compiled if frame.hashable() else add)(frame, arrays, kept)
             step("")
     if kept is None:
         raise ValueError("calibrate: there is no batch; give at least one tuple of arguments")
@@ -247,6 +251,8 @@ def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str)
             result[p.path] = dataclasses.replace(first, others=tuple(others))
         if p.path in ledger.partly:
             why[p.path] = ledger.partly[p.path]
+        elif p.path in result and p.path in ledger.unread:
+            why[p.path] = f"another use is not counted: {ledger.unread[p.path]}"
         elif p.path not in result:
             why[p.path] = ledger.reasons.get(p.path, "it meets nothing")
     lacking = [p for p, needs in recipe.items() if needs and p not in result]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +39,14 @@ class Ledger:
       multiply_adds: the most of each.
       reasons: by path why a use has no statistics.
       partly: by path why it has not all.
+      unread: by path why one of its products has none, though others may.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     multiply_adds: list[int] = dataclasses.field(default_factory=list)
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     partly: dict[str, str] = dataclasses.field(default_factory=dict)
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def name(self, use: Use, multiply_adds: int) -> str:
         """Returns the name of a use."""
@@ -74,17 +77,22 @@ class Calibrating(Walk):
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         for i, x in enumerate(operands):
+            by_path: dict[str, list[Any]] = {}
             for o in x.origins if is_tracked(x) else ():
-                why = self._read(eqn, operands, i, o)
-                if why:
-                    self.ledger.reasons.setdefault(o.path, why)
+                by_path.setdefault(o.path, []).append(o)
+            for path, origins in by_path.items():
+                if why := self._read(eqn, operands, i, origins):
+                    self.ledger.reasons.setdefault(path, why)
+                    if not _HARMLESS.search(why):
+                        self.ledger.unread.setdefault(path, why)
         return super().use(eqn, operands)
 
     def lose(self, x: Any, why: str) -> None:
         for o in x.origins:
             self.ledger.reasons.setdefault(o.path, why)
 
-    def _read(self, eqn: Any, operands: Sequence[Any], i: int, o: Any) -> str:
+    def _read(self, eqn: Any, operands: Sequence[Any], i: int, origins: list[Any]) -> str:
+        o = origins[0]
         names = self.wanted(o.path)
         product = product_of(eqn, i)
         if isinstance(product, str) or not names:
@@ -92,9 +100,11 @@ class Calibrating(Walk):
         other = operands[1] if product.lookup else operands[1 - i]
         if is_tracked(other) and other.origins:
             return "it is multiplied with another parameter"
-        r = roles(o, product)
+        r = _joined([roles(o, product) for o in origins])
         if isinstance(r, str):
             return r
+        if product.lookup and is_tracked(operands[1]):
+            return "it is indexed by a constant, which may only put it in another order"
         if product.lookup and r.gathered:
             return "it is looked up in rows that shard_map divides"
         if "gram" in names and r.rows > self.gram_rows:
@@ -152,6 +162,28 @@ class Calibrating(Walk):
         none = neutral(e.value)
         states = jax.tree.map(lambda a, z: jnp.where(mine, a, z), e.value, none)
         return Emitted({n: statistic(n).over(s, axes) for n, s in states.items()}, e.loops)
+
+
+# A norm of a parameter, or its part in a sum, is no input that statistics would miss.
+_HARMLESS = re.compile("^(reduce_|it is added|it scales|the recipe|it is returned)")
+
+
+def _joined(found: list[Roles | str]) -> Roles | str:
+    """Makes one of the roles of the parts in which a parameter stands in an operand."""
+    first, *others = found
+    for r in others:
+        if isinstance(first, str) or isinstance(r, str):
+            return next(s for s in (first, r) if isinstance(s, str))
+        a, b = (p.places or tuple(range(p.rows)) for p in (first, r))
+        alike = dataclasses.replace(first, places=b, share=r.share) == dataclasses.replace(
+            r, places=b
+        )
+        if not alike or any(x >= 0 and y >= 0 and x != y for x, y in zip(a, b, strict=True)):
+            return "it stands in one operand several times"
+        first = dataclasses.replace(
+            first, places=tuple(max(x, y) for x, y in zip(a, b, strict=True))
+        )
+    return first
 
 
 def _whole(x: jax.Array) -> jax.Array:

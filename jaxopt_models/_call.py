@@ -20,14 +20,14 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 class Frame:
     """What of a call is no array: the same frame and shapes, the same program.
 
+    It does not hold the function, which JAX would keep for ever with what it keeps by frame.
+
     Args:
-      fn: the function.
       treedef: structure of `(params, args, kwargs)` with the parts of leaves inside.
       rest: position and value of everything that is no array.
       kinds: what `==` does not tell of these: their types, the sign of a zero.
     """
 
-    fn: Callable[..., Any]
     treedef: Any
     rest: tuple[tuple[int, Any], ...]
     kinds: tuple[Any, ...]
@@ -47,12 +47,12 @@ class Frame:
         return True
 
 
-def take_apart(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> tuple[Frame, list]:
+def take_apart(params: Any, args: Any, kwargs: Any) -> tuple[Frame, list[Any]]:
     """Returns the frame of a call, and its arrays."""
     values, treedef = jax.tree.flatten((params, tuple(args), dict(kwargs)))
     rest = tuple((i, v) for i, v in enumerate(values) if not isinstance(v, _ARRAYS))
     kinds = tuple((type(v), repr(v) if isinstance(v, (float, complex)) else "") for _, v in rest)
-    return Frame(fn, treedef, rest, kinds), [v for v in values if isinstance(v, _ARRAYS)]
+    return Frame(treedef, rest, kinds), [v for v in values if isinstance(v, _ARRAYS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,18 @@ class Program:
 
 
 def trace(
-    frame: Frame, arrays: Sequence[Any], *, who: str, every: bool, reached: bool = True
+    fn: Callable[..., Any],
+    frame: Frame,
+    arrays: Sequence[Any],
+    *,
+    who: str,
+    every: bool,
+    reached: bool = True,
 ) -> Program:
     """Traces a call on the dense shapes of its parameters.
 
     Args:
+      fn: the function.
       frame: what of the call is no array.
       arrays: the arrays.
       who: the public function, for messages.
@@ -105,7 +112,7 @@ def trace(
         for i, v in zip(numeric, inputs, strict=True):
             rest[i] = v
         args, kwargs = jax.tree.unflatten(treedef, rest)
-        return frame.fn(unflatten(tree), *args, **kwargs)
+        return fn(unflatten(tree), *args, **kwargs)
 
     weights = [leaves[i].value for i in given]
     inputs = [values[i] for i in numeric]
@@ -118,7 +125,7 @@ def trace(
     followed = [found for p, found in parameters if every or is_encoded(p.value)]
     if reached and followed and not any(followed):
         raise ValueError(
-            f"{who}: no parameter reached the program of {name_of(frame.fn)}. It computes with "
+            f"{who}: no parameter reached the program of {name_of(fn)}. It computes with "
             "values captured elsewhere (a closure, a module with parameters inside); use its first "
             "argument instead, as the fn of jaxopt_models.functional(model) does"
         )

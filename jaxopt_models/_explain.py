@@ -36,12 +36,12 @@ def explain(fn: Any, params: Any, args: Any, kwargs: Any, *, kernels: bool) -> T
       kernel does, why axes cannot be told. Parameters that never reach the program end the table.
       ``data["multiply_adds"]`` counts each product once, both branches of a condition.
     """
-    frame, arrays = take_apart(fn, params, args, kwargs)
+    frame, arrays = take_apart(params, args, kwargs)
     walk = Explaining(may_run=kernels)
     notes: dict[str, str] = {}
 
     def run(arrays: list[Any]) -> list[Any]:
-        program = trace(frame, arrays, who="explain", every=True)
+        program = trace(fn, frame, arrays, who="explain", every=True)
         notes.update({p.path: "never reaches the program" for p in program.unreached})
         out = walk.run(program.jaxpr, program.consts, program.operands)
         for x in filter(is_tracked, out):
@@ -100,14 +100,14 @@ class Explaining(Walk):
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         named = False
         for i, x in enumerate(operands):
-            for o in x.origins if is_tracked(x) else ():
+            for k, o in enumerate(x.origins if is_tracked(x) else ()):
                 named = True
-                self._write(eqn, operands, i, o)
+                self._write(eqn, operands, i, k, o)
         if not named and multiply_adds(eqn):
-            self._row(eqn, "", "", None, eqn.invars[0].aval.shape, multiply_adds(eqn), "", "")
+            self._row(eqn, ("",), "", None, eqn.invars[0].aval.shape, multiply_adds(eqn), "", "")
         return super().use(eqn, operands)
 
-    def _write(self, eqn: Any, operands: Sequence[Any], i: int, o: Any) -> None:
+    def _write(self, eqn: Any, operands: Sequence[Any], i: int, k: int, o: Any) -> None:
         kernel, why = None, ""
         value = operands[i].value
         packed = any(map(is_encoded, jax.tree.leaves(value, is_leaf=is_encoded)))
@@ -136,12 +136,12 @@ class Explaining(Walk):
         if not isinstance(product, str) and isinstance(r, Roles):
             costs = costs * r.share[0] // r.share[1]
         note = "; ".join(n for n in notes if n)
-        self._row(eqn, o.path, axes, eqn.invars[i].aval.shape, other, costs, runs, note)
+        self._row(eqn, (o.path, i, k), axes, eqn.invars[i].aval.shape, other, costs, runs, note)
 
     def _row(
         self,
         eqn: Any,
-        path: str,
+        which: tuple[Any, ...],
         axes: str,
         mine: Any,
         other: Any,
@@ -149,11 +149,12 @@ class Explaining(Walk):
         runs: str,
         note: str,
     ) -> None:
+        path = which[0]
         around = [e.primitive.name for e in self.around]
         where = [] if self.bounded else ["for one iteration of a while loop"]
         where += ["in a branch"] if "cond" in around else []
-        key = (*(id(e) for e in self.around), id(eqn), path)
-        out = eqn.outvars[0].aval.shape
+        key = (*(id(e) for e in self.around), id(eqn), which)
+        out = next((v.aval.shape for v in eqn.outvars), None)
         name = eqn.primitive.name + (f" ({self.scope(eqn)})" if self.scope(eqn) else "")
         shapes = [None if s is None else list(s) for s in (mine, other, out)]
         note = "; ".join([*where, note] if note else where)

@@ -47,7 +47,7 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
         params = {**params, "axes": tuple(set(params["axes"]) - varying(operands[0]))}
         if not params["axes"]:
             return list(operands)
-    with jax.named_scope(scope_of(eqn)):
+    with eqn.ctx.manager, jax.named_scope(scope_of(eqn)):
         out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 

@@ -71,7 +71,8 @@ class Product:
         samples = [a for a in range(x.ndim) if a not in order and a not in lead]
         shape = [x.shape[a] for a in lead]
         x = x.transpose(*lead, *samples, *order)
-        return x.reshape(*shape, math.prod(x.shape[len(lead) : x.ndim - len(order)]), -1)
+        rows = math.prod(x.shape[x.ndim - len(order) :])
+        return x.reshape(*shape, math.prod(x.shape[len(lead) : x.ndim - len(order)]), rows)
 
     def _of_conv(self, x: jax.Array) -> list[jax.Array]:
         p = self.eqn.params
@@ -90,7 +91,7 @@ class Product:
             part = jax.lax.slice(x, [0, 0, *start], [*x.shape[:2], *limit], strides=[1, 1, *stride])
             part = jnp.moveaxis(part, 1, -1)
             groups = p["feature_group_count"]
-            part = part.reshape(-1, groups, part.shape[-1] // groups)
+            part = part.reshape(math.prod(part.shape[:-1]), groups, part.shape[-1] // groups)
             blocks.append(part.swapaxes(0, 1) if self.groups else part[:, 0])
         return blocks
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Blocks = Sequence[jax.Array]
 
@@ -126,7 +127,7 @@ class Absmax(Statistic):
         return _each(lambda x: jnp.max(jnp.abs(x), axis=-2, initial=0), blocks)
 
     def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
-        return (counts > 0).astype(jnp.float32)
+        return (counts > 0).astype(_float())
 
     def zero(self, state: Any) -> Any:
         return jnp.zeros(state.shape, state.dtype)
@@ -151,7 +152,7 @@ class MinMax(Statistic):
     def of_lookup(self, counts: jax.Array, samples: int) -> tuple[jax.Array, jax.Array]:
         top = jnp.where(counts > 0, 1.0, 0.0 if samples else -jnp.inf)
         low = jnp.where(counts < samples, 0.0, -1.0 if samples else -jnp.inf)
-        return low.astype(jnp.float32), top.astype(jnp.float32)
+        return low.astype(_float()), top.astype(_float())
 
     def result(self, state: Any, count: jax.Array) -> Range:
         return Range(-state[0], state[1])
@@ -164,7 +165,7 @@ class L2(Statistic):
         return _each(lambda x: _sum(jnp.square(x)), blocks)
 
     def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
-        return counts.astype(jnp.float32)
+        return counts.astype(_float())
 
     def result(self, state: Any, count: jax.Array) -> jax.Array:
         return jnp.sqrt(state)
@@ -177,7 +178,7 @@ class Mean(Statistic):
         return _each(_sum, blocks)
 
     def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
-        return counts.astype(jnp.float32)
+        return counts.astype(_float())
 
     def result(self, state: Any, count: jax.Array) -> jax.Array:
         return state / jnp.maximum(count, 1)[..., None]
@@ -191,7 +192,7 @@ class Gram(Statistic):
         return jnp.einsum("...si,...sj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
 
     def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
-        return jnp.diag(counts.astype(jnp.float32))
+        return jnp.diag(counts.astype(_float()))
 
 
 @jax.tree_util.register_dataclass
@@ -235,6 +236,7 @@ class Histogram(Statistic):
     def _count(self, x: jax.Array) -> Bins:
         half = self.bins // 2
         _, exponents = jnp.frexp(jnp.where(jnp.isfinite(x), x, 0))
+        exponents = jnp.where(x == 0, self._lowest, exponents)
         e = jnp.max(exponents, axis=-1, initial=self._lowest).astype(jnp.int32)
         place = jnp.floor(jnp.ldexp(x, half.bit_length() - 1 - e[..., None])) + half
         place = jnp.where(jnp.isfinite(x), place, self.bins).astype(jnp.int32)
@@ -294,8 +296,13 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
+def _float() -> Any:
+    """The type of all statistics: one for every branch, whatever it computes in."""
+    return jax.dtypes.canonicalize_dtype(np.float64)
+
+
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_float())
 
 
 def _each(f: Any, blocks: Blocks) -> jax.Array:

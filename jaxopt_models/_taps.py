@@ -67,11 +67,11 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def tapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        frame, arrays = take_apart(fn, params, args, kwargs)
+        frame, arrays = take_apart(params, args, kwargs)
         return (kept if frame.hashable() else run)(frame, arrays)
 
     def run(frame: Any, arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
-        program = trace(frame, arrays, who="taps", every=True, reached=False)
+        program = trace(fn, frame, arrays, who="taps", every=True, reached=False)
         wanted, paths = _resolve(names, program, frame.restore(arrays)[0], name_of(fn))
         walk = Tapping(wanted=wanted, paths=paths)
         out = walk.run(program.jaxpr, program.consts, program.operands)
@@ -92,11 +92,11 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
 
     def table(params: Any, *args: Any, **kwargs: Any) -> Table:
         """Lists every name there is in such a call, with shapes; shapes are enough."""
-        frame, arrays = take_apart(fn, params, args, kwargs)
+        frame, arrays = take_apart(params, args, kwargs)
         sites: list[Any] = []
 
         def look(arrays: list[Any]) -> None:
-            program = trace(frame, arrays, who="taps", every=True, reached=False)
+            program = trace(fn, frame, arrays, who="taps", every=True, reached=False)
             sites.extend(_sites(program.jaxpr))
 
         jax.eval_shape(look, arrays)

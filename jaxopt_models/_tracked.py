@@ -84,6 +84,12 @@ class Origin:
     lost: str = dataclasses.field(default="", metadata={"static": True})
     rebuilt: str = dataclasses.field(default="", metadata={"static": True})
 
+    @property
+    def key(self) -> Any:
+        """What tells two origins apart; indices are, if they are different arrays."""
+        known = (self.path, self.shape, self.hops, self.loops, self.shards, self.lost)
+        return (*known, self.rebuilt, tuple(map(id, self.at)))
+
     def then(self, *hops: Hop) -> Origin:
         """Returns the origin of a value further on."""
         return dataclasses.replace(self, hops=(*self.hops, *hops))
@@ -92,10 +98,11 @@ class Origin:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A step that is not computed yet."""
+    """A step that is not computed yet; ``size`` counts it and those it waits for."""
 
     operands: tuple[Any, ...]
     step: Step = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -146,19 +153,33 @@ def track(path: str, value: Any) -> Any:
 
 # ------------------------------------------------------------------ rules: deferred operations
 
+# Where a value is used again and again by those that wait, they would be computed as often.
+_MOST_STEPS = 48
+
 
 def deferred(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The rule of operations on parameters that wait until the parameter is used."""
     if not all(is_tracked(x) or is_literal(v) for x, v in zip(operands, eqn.invars, strict=True)):
         return walk.meet(eqn, operands)
     [out] = eqn.outvars
-    offset, origins = 0, []
+    offset, after, step = 0, tuple(out.aval.shape), Step.of(eqn)
+    origins: dict[Any, Origin] = {}
     for i, (x, v) in enumerate(zip(operands, eqn.invars, strict=True)):
-        hop = Hop(Step.of(eqn), i, tuple(v.aval.shape), tuple(out.aval.shape), offset)
-        origins += [o.then(hop) for o in x.origins] if is_tracked(x) else []
-        if eqn.primitive.name == "concatenate":
-            offset += v.aval.shape[eqn.params["dimension"]]
-    return [Tracked(_apply(Step.of(eqn), *operands), tuple(origins))]
+        before = tuple(v.aval.shape)
+        # Entry by entry a parameter stays where it is, and what comes twice is one.
+        stays = before == after and step.name not in LAYOUT
+        for o in x.origins if is_tracked(x) else ():
+            new = o if stays else o.then(Hop(step, i, before, after, offset))
+            origins.setdefault(new.key, new)
+        if step.name == "concatenate":
+            offset += before[eqn.params["dimension"]]
+    value = _apply(step, *operands)
+    new = Tracked(value, tuple(origins.values()))
+    if isinstance(value, Deferred) and value.size > _MOST_STEPS:
+        walk.lose(new, "it goes through more steps than can wait until it is used")
+        note = [dataclasses.replace(o, rebuilt="before it is used") for o in new.origins]
+        return [Tracked(dense(value), tuple(note))]
+    return [new]
 
 
 def _apply(step: Step, *operands: Any) -> Any:
@@ -167,7 +188,7 @@ def _apply(step: Step, *operands: Any) -> Any:
         return step.call(*values)
     if len(values) == 1 and (on_parts := _on_stack(step, values[0])) is not None:
         return on_parts
-    return Deferred(values, step)
+    return Deferred(values, step, 1 + sum(v.size for v in values if isinstance(v, Deferred)))
 
 
 def _on_stack(step: Step, leaf: Any) -> Any:
@@ -271,15 +292,15 @@ def sliceable(value: Any) -> tuple[Any, Callable[[Any], Any]]:
         step = _in_slice(value.step)
         whole, inside = sliceable(value.operands[0])
         if step is not None and packed(whole):
-            return whole, lambda part: Deferred((inside(part),), step)
+            return whole, lambda part: Deferred((inside(part),), step, value.size)
     rebuilt = dense(value)
     return rebuilt, lambda part: part
 
 
 def _in_slice(step: Step) -> Step | None:
     """Returns the step that does to one slice what ``step`` does to a stack of them."""
-    if step.name in ENTRYWISE:
-        return step
+    if step.name in ENTRYWISE - {"custom_jvp_call", "sharding_constraint"}:
+        return step  # the others hold the shape of the stack
     if step.name == "transpose" and step.params["permutation"][0] == 0:
         order = tuple(a - 1 for a in step.params["permutation"][1:])
         return Step("transpose", {"permutation": order}, lambda a: jax.lax.transpose(a, order))

@@ -143,7 +143,7 @@ class Walk:
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         """An operation meets a parameter: runs a kernel, or rebuilds it just in time."""
-        if not any(packed(x) for x in operands if is_tracked(x)):
+        if eqn.effects or not any(packed(x) for x in operands if is_tracked(x)):
             return bind(eqn, [dense(x) for x in operands])
         kernel = pick(eqn, operands)[0] if self.kernels else None
         if kernel is not None:
@@ -318,12 +318,23 @@ def enter(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     jaxpr, consts = inner(eqn.params)
     pairs = zip(operands, eqn.invars, strict=True)
     operands = [Tracked(x) if is_literal(v) else x for x, v in pairs]  # else data inside
+    operands = _placed(operands, eqn.params.get("in_shardings", ()))
     outside, walk.around = walk.around, (*walk.around, eqn)
     try:
         with jax.named_scope(scope_of(eqn)):
-            return walk.run(jaxpr, consts, operands)
+            found = walk.run(jaxpr, consts, operands)
     finally:
         walk.around = outside
+    return _placed(found, eqn.params.get("out_shardings", ()))
+
+
+def _placed(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    """Puts arrays where an inner ``jit`` says they are; parameters stay where they are."""
+    found = list(values)
+    for i, s in enumerate(shardings):
+        if isinstance(s, jax.sharding.Sharding) and not _has_origin(found[i]):
+            found[i] = jax.lax.with_sharding_constraint(dense(found[i]), s)
+    return found
 
 
 def _custom(walk: Walk, eqn: Any, operands: Sequence[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._axes import Axes
+from .._bits import wide_dtype
 from .._encoded import Encoded, is_encoded, leaf, static
 from .._encoder import Encoder, check_keep, check_tensor, masked
 from .._jaxpr import varying
@@ -68,7 +69,7 @@ class WithInput(Encoded):
 
     def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...]) -> jax.Array:
         """Rounds an input to the grid."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(wide_dtype(x.dtype))
         scale, zero = self.scale, self.zero_point
         if scale is None:
             axes = row if self.per == "row" else tuple(range(x.ndim))

@@ -103,10 +103,12 @@ def check_statistics(stats, use):
         np.testing.assert_allclose(got["mean"], mean, rtol=1e-5, atol=1e-5 * top)
         gram = np.swapaxes(x, -1, -2) @ x
         np.testing.assert_allclose(got["gram"], gram, rtol=1e-5, atol=1e-5 * (1 + abs(gram).max()))
-        e = int(got["histogram"].exponent)
-        exact = np.histogram(x, bins=4096, range=(-(2.0**e), 2.0**e))[0]
-        counts = got["histogram"].counts
-        assert np.abs(counts - exact).sum() <= 4 and counts.sum() == x.size
+        flat_groups = x.reshape(-1, *x.shape[-2:])
+        bins = got["histogram"]
+        exponents, counts = np.ravel(bins.exponent), bins.counts.reshape(len(flat_groups), -1)
+        for e, seen, one in zip(exponents, counts, flat_groups, strict=True):
+            exact = np.histogram(one, bins=4096, range=(-(2.0**e), 2.0**e))[0]
+            assert np.abs(seen - exact).sum() <= 4 and seen.sum() == one.size
     count = np.asarray(stats.count).reshape(-1)
     assert count.sum() == sum(
         x.shape[-2] * max(1, use.groups) for x in layers(use.inputs, use.stack)
