@@ -103,7 +103,7 @@ def check_statistics(stats, use):
         np.testing.assert_allclose(got["mean"], mean, rtol=1e-5, atol=1e-5 * top)
         gram = np.swapaxes(x, -1, -2) @ x
         np.testing.assert_allclose(got["gram"], gram, rtol=1e-5, atol=1e-5 * (1 + abs(gram).max()))
-        flat_groups = x.reshape(-1, *x.shape[-2:])
+        flat_groups = x if x.ndim > 2 else x[None]
         bins = got["histogram"]
         exponents, counts = np.ravel(bins.exponent), bins.counts.reshape(len(flat_groups), -1)
         for e, seen, one in zip(exponents, counts, flat_groups, strict=True):
