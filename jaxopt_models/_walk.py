@@ -81,8 +81,7 @@ class Walk:
       around: the equations whose bodies are being run, outermost first.
       times: how often it is run: the product of the lengths of the scans around it.
       bounded: whether that is all, with no ``while`` around.
-      side: what was emitted, by name: `(value, loops)`, where loops are those whose iterations
-        are kept apart along a leading axis each.
+      side: what was emitted, by name, as :class:`Emitted`.
     """
 
     depth: int = 0
@@ -204,8 +203,8 @@ class Walk:
         for name, e in side.items():
             self.emit(name, e.value, e.loops)
 
-    def zero(self, shape: Any) -> Any:
-        """Returns the emitted value of a branch that was not taken."""
+    def zero(self, e: Any) -> Any:
+        """Returns what a branch that is not taken emits in the shapes of ``e``."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -229,7 +228,12 @@ class Walk:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """A value beside the outputs, and the loops whose iterations it keeps apart."""
+    """A value beside the outputs.
+
+    Args:
+      value: arrays.
+      loops: depths of the loops whose iterations it keeps apart, along a leading axis each.
+    """
 
     value: Any
     loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
