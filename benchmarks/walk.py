@@ -66,7 +66,7 @@ def _memory() -> list[Row]:
     newest = jax.__version_info__ >= (0, 12)
     programs = (
         ("scanned", _scanned, stack, "<= 3", "<= 7"),
-        ("scanned, nn.remat", _remat, stack, "<= 3", "<= 7"),
+        ("scanned, remat", _remat, stack, "<= 3", "<= 7"),
         ("unrolled", _unrolled, single, "<= 3" if newest else "", ""),
     )
     rows = []
