@@ -266,6 +266,8 @@ def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str)
 
 def _stats(states: States, r: Roles) -> Stats:
     """Brings the leading axes of a use into those of the parameter."""
+    for axis, i in reversed(r.picked):
+        states = jax.tree.map(lambda a, axis=axis, i=i: jnp.take(a, i, axis=axis), states)
     n = len(r.lead)
     order = [i for i in range(n) if r.stacked[i]] + [i for i in range(n) if not r.stacked[i]]
     s, size = sum(r.stacked), math.prod(r.stack)

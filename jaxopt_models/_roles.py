@@ -31,15 +31,16 @@ class Roles:
       places: row of the parameter for each row of the operand; ``None`` if it is the same.
       kept: shared axes of the operand that the parameter has.
       indices: lengths of the axes that an index takes away.
-      lead: lengths of the leading axes of a statistic.
+      picked: `(leading axis, index)` where a loop has the parameter in one iteration only.
+      lead: lengths of the leading axes of a statistic, without these.
       stacked: which of them are stack axes of the parameter, the others are groups.
       where: for each index along the stacked ones its index in the flat stack.
       stack: lengths of the stack axes.
       groups: `(axis of the core, count)` for the other leading axes.
       gathered: `(in axis, mesh axes)`, where shards have to be put together.
       copied: mesh axes along which devices see the same input.
-      share: how much of the operand it is, in entries: `(its, all)`; less than all where it is
-        concatenated with others.
+      share: how much of the operand it is, in entries of all iterations: `(its, all)`; less than
+        all where it is concatenated or stacked with others.
     """
 
     axes: Axes
@@ -48,6 +49,7 @@ class Roles:
     places: tuple[int, ...] | None
     kept: tuple[int, ...]
     indices: tuple[int, ...]
+    picked: tuple[tuple[int, int], ...]
     lead: tuple[int, ...]
     stacked: tuple[bool, ...]
     where: tuple[int, ...]
@@ -217,7 +219,14 @@ def roles(o: Origin, product: Product) -> Roles | str:
         return f"its axis {min(summed & kept_out)} is in part summed over and in part kept"
     shared = [t + a for a in product.shared if lines.varies(t + a)]
     indices = [d for d in range(t) if d not in lines.loops]
-    lead = [*lines.loops, *indices, *shared]
+    every = [*lines.loops, *indices, *shared]
+    picked, lead = [], []
+    for i, d in enumerate(every):
+        here = np.flatnonzero(lines.valid[d])
+        if lines.varies(d) or len(here) != 1:
+            lead.append(d)
+        else:
+            picked.append((i, int(here[0])))
     apart = _union(lines, lead)
     fixed = {a for a, n in enumerate(o.shape) if n > 1} - summed - kept_out - apart
     stack = 0
@@ -229,7 +238,8 @@ def roles(o: Origin, product: Product) -> Roles | str:
     if not out and o.shape[-1:] == (1,) and len(o.shape) - stack > 1:
         out = {len(o.shape) - 1}
     ins = [a for a in range(stack, len(o.shape)) if a not in out]
-    return _read(o, product, lines, lead, indices, shared, reduced, stack, out, ins)
+    found = _read(o, product, lines, lead, indices, shared, reduced, stack, out, ins)
+    return found if isinstance(found, str) else dataclasses.replace(found, picked=tuple(picked))
 
 
 def _read(
@@ -287,6 +297,7 @@ def _read(
         places=None if same else tuple(places.tolist()),
         kept=tuple(d - t for d in shared),
         indices=tuple(lines.sizes[d] for d in indices),
+        picked=(),
         lead=tuple(lines.sizes[d] for d in lead),
         stacked=tuple(stacked),
         where=tuple(where.tolist()),
@@ -295,8 +306,8 @@ def _read(
         gathered=tuple(gathered),
         copied=tuple(copied),
         share=(
-            math.prod(int(v.sum()) for v in lines.valid[t:]),
-            math.prod(v.size for v in lines.valid[t:]),
+            math.prod(int(v.sum()) for v in lines.valid),
+            math.prod(v.size for v in lines.valid),
         ),
     )
 

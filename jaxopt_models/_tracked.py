@@ -257,6 +257,26 @@ def _unary(x: Tracked, name: str, before: tuple[int, ...], *spec: tuple[int, ...
     return Tracked(_apply(step, x), tuple(o.then(hop) for o in x.origins))
 
 
+def stacked(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """``stack`` of leaves of one kind along the first axis is a leaf with a stack axis."""
+    if not all(map(is_tracked, operands)):
+        return walk.meet(eqn, operands)
+    axis, [out] = eqn.params["axis"], eqn.outvars
+    after, origins = tuple(out.aval.shape), []
+    joined = Step("concatenate", {"dimension": axis}, never)
+    for i, (x, v) in enumerate(zip(operands, eqn.invars, strict=True)):
+        before = tuple(v.aval.shape)
+        between = (*before[:axis], 1, *before[axis:])
+        widened = Hop(Step("reshape", {"new_sizes": between}, never), 0, before, between)
+        hops = (widened, Hop(joined, i, between, after, i))
+        origins += [o.then(*hops) for o in x.origins]
+    values = [x.value for x in operands]
+    alike = all(map(is_encoded, values)) and len(set(map(jax.tree.structure, values))) == 1
+    if axis == 0 and alike:
+        return [Tracked(jax.tree.map(lambda *a: jnp.stack(a), *values), tuple(origins))]
+    return [Tracked(_apply(Step.of(eqn), *operands), tuple(origins))]
+
+
 def dynamic_slice(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     x, *starts = operands
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]

@@ -46,7 +46,7 @@ import numpy as np
 from ._encoded import is_encoded
 from ._jaxpr import as_function, bind, inner, is_literal, scan_counts, scope_of
 from ._kernels import pick
-from ._products import Product, product_of
+from ._products import Product, multiply_adds, product_of
 from ._roles import Roles, roles
 from ._tracked import (
     ARITHMETIC,
@@ -66,6 +66,7 @@ from ._tracked import (
     readers,
     several,
     sliceable,
+    stacked,
 )
 
 # ------------------------------------------------------------------ the interpreter
@@ -138,6 +139,10 @@ class Walk:
         fixed = all(
             is_tracked(x) or is_literal(v) for x, v in zip(operands, eqn.invars, strict=True)
         )
+        if fixed:
+            for x in filter(_has_origin, operands):
+                if not _is_norm_or_product(eqn):
+                    self.lose(x, f"it goes through {eqn.primitive.name} before it is used")
         return [Tracked(x) for x in found] if fixed else found
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -159,8 +164,6 @@ class Walk:
 
         values = [x.value if is_tracked(x) else x for x in operands]
         return jax.checkpoint(rebuilt, prevent_cse=not looping)(values)
-
-    # ---------------------------------------------------------------- bodies
 
     def body(
         self, eqn: Any, jaxpr: Any, consts: Sequence[Any], *, loop: bool = False, times: Any = 1
@@ -190,8 +193,6 @@ class Walk:
     def scope(self, eqn: Any) -> str:
         """Returns the name scope of an equation in the whole program."""
         return "/".join(s for s in map(scope_of, (*self.around, eqn)) if s)
-
-    # ---------------------------------------------------------------- what is collected
 
     def emit(self, name: str, value: Any, loops: tuple[int, ...] = ()) -> None:
         """Puts a value beside the outputs of the program, merged with an earlier one."""
@@ -269,6 +270,11 @@ def _as_read(x: Any, leaves: list[Any], origins: Sequence[Origin], product: Prod
 
 def _spec(leaf: Any) -> Any:
     return type(leaf), [getattr(leaf, n) for n in type(leaf).static_names if n != "core"]
+
+
+def _is_norm_or_product(eqn: Any) -> bool:
+    """Says whether what comes of a parameter is a number of it, or a factor of its own."""
+    return eqn.primitive.name.startswith(("reduce_", "arg")) or bool(multiply_adds(eqn))
 
 
 def _has_origin(x: Any) -> bool:
@@ -573,6 +579,7 @@ def _of_shard(o: Origin, names: dict[int, Any], counts: dict[int, int]) -> Origi
 Walk.rules = {
     **dict.fromkeys(ENTRYWISE | ARITHMETIC | LAYOUT, deferred),
     **dict.fromkeys(("split", "unstack"), several),
+    "stack": stacked,
     "dynamic_slice": dynamic_slice,
     **dict.fromkeys(("jit", "closed_call"), enter),
     "remat2": _remat,

@@ -72,6 +72,36 @@ PROGRAMS = {
 }
 
 
+def test_layers_stacked_by_hand_stay_packed_and_have_statistics_of_their_own():
+    params = {f"w{i}": PARAMS["v"][i] for i in range(4)}
+
+    def fn(p, x):
+        return lax.scan(layer, x, jnp.stack([p[f"w{i}"] for i in range(4)]))[0]
+
+    small = jom.compress(params, [jom.Rule("w.", quant.Int(bits=4))])
+    run = jom.accelerate(fn)
+    want = fn(jom.materialize(small), X)
+    np.testing.assert_allclose(run(small, X), want, rtol=2e-5, atol=2e-5)
+    assert "f32[4,8,8]" not in str(jax.make_jaxpr(run)(small, X))
+    stats = jom.calibrate(fn, params, [(X,)], ["gram"])
+    h = X
+    for i in range(4):
+        np.testing.assert_allclose(stats[f"w{i}"].gram, h.T @ h, rtol=1e-4, atol=1e-5)
+        assert stats[f"w{i}"].axes == jom.Axes(out=(1,)) and stats[f"w{i}"].count == 3
+        h = jnp.tanh(h @ params[f"w{i}"])
+    table = run.explain(small, X)
+    assert table.column("runs") == ["rebuilt"] * 4
+    assert table.column("multiply-adds") == [3 * 64] * 4 and table.data["multiply_adds"] == 12 * 64
+
+
+@pytest.mark.parametrize("change", [lambda w: jnp.cumsum(w, 0), lambda w: w[np.arange(8)[::-1]]])
+def test_rounding_of_inputs_is_not_dropped_by_what_hides_a_parameter(change):
+    small = jom.compress(PARAMS, [jom.Rule("w", quant.Input(bits=4))])
+    with pytest.raises(ValueError, match="w: its input could not be rounded, as it goes through"):
+        jom.simulate(lambda p, x: x @ change(p["w"]))(small, X)
+    jom.simulate(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2))(small, X)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_values_statistics_and_table(name):
     fn = PROGRAMS[name]
