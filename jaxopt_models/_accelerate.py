@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 
-from ._call import Frame, finish, take_apart, trace
+from ._call import Frame, check_function, finish, take_apart, trace
 from ._encoded import is_encoded
 from ._explain import explain
 from ._table import Table
-from ._tracked import readers
 from ._walk import Walk
 
 
@@ -87,11 +86,10 @@ class Simulating(Walk):
 
 
 def _wrapped(fn: Callable[..., Any], who: str, walk: type[Walk]) -> Callable[..., Any]:
-    if not callable(fn):
-        raise TypeError(f"{who}: fn is {type(fn).__name__}; give a function of (params, ...)")
+    check_function(fn, who)
 
     def run(frame: Frame, arrays: list[Any]) -> Any:
-        program = trace(fn, frame, arrays, who=who, every=bool(readers(frame.restore(arrays)[0])))
+        program = trace(fn, frame, arrays, who=who, every=False)
         return finish(program, walk().run(program.jaxpr, program.consts, program.operands))
 
     kept = jax.jit(run, static_argnums=0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ._axes import Axes
 from ._calibrating import Calibrating, Ledger, States, merged, neutral, statistic
-from ._call import Frame, name_of, take_apart, trace
+from ._call import Frame, check_function, name_of, take_apart, trace
 from ._encoded import is_encoded
 from ._options import whole
 from ._paths import flatten
@@ -152,8 +152,7 @@ def calibrate(
       >>> stats["a"].absmax, stats["a"].count
       (Array([2., 2., 2.], dtype=float32), Array(16., dtype=float32))
     """
-    if not callable(fn):
-        raise TypeError(f"calibrate: fn is {type(fn).__name__}; give a function of (params, ...)")
+    check_function(fn, "calibrate")
     gram_rows = whole(gram_rows, "calibrate: gram_rows")
     if gram_rows < 0:
         raise ValueError(f"calibrate: gram_rows={gram_rows} is a number of rows, 0 or more")

@@ -15,7 +15,7 @@ from ._jaxpr import varying
 from ._products import product_of
 from ._roles import Roles, roles
 from ._statistics import ALWAYS, STATISTICS, Statistic
-from ._tracked import dense, is_tracked
+from ._tracked import dense, is_tracked, origins_of
 from ._walk import ENTERING, Emitted, Walk
 
 States = dict[str, Any]
@@ -78,7 +78,7 @@ class Calibrating(Walk):
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         for i, x in enumerate(operands):
             by_path: dict[str, list[Any]] = {}
-            for o in x.origins if is_tracked(x) else ():
+            for o in origins_of(x):
                 by_path.setdefault(o.path, []).append(o)
             for path, origins in by_path.items():
                 if why := self._read(eqn, operands, i, origins):
@@ -98,7 +98,7 @@ class Calibrating(Walk):
         if isinstance(product, str) or not names:
             return product if isinstance(product, str) else "the recipe needs none"
         other = operands[1] if product.lookup else operands[1 - i]
-        if is_tracked(other) and other.origins:
+        if origins_of(other):
             return "it is multiplied with another parameter"
         r = _joined([roles(o, product) for o in origins])
         if isinstance(r, str):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ._encoded import is_encoded
 from ._paths import Parameter, flatten
-from ._tracked import Tracked, dense, track
+from ._tracked import dense, is_tracked, readers, track
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
@@ -61,7 +61,7 @@ class Program:
 
     Args:
       jaxpr, consts: the program.
-      operands: what it is run on: a :class:`Tracked` value for each parameter, then arrays.
+      operands: what it is run on: a tracked value for each parameter, then arrays.
       out: structure of its result.
       unreached: parameters that are not in it, by path.
     """
@@ -89,7 +89,7 @@ def trace(
       frame: what of the call is no array.
       arrays: the arrays.
       who: the public function, for messages.
-      every: whether dense parameters are followed too.
+      every: whether dense parameters are followed too; they are where a leaf reads its input.
       reached: whether some parameter has to be in the program.
 
     Returns:
@@ -99,23 +99,19 @@ def trace(
       ValueError: if no parameter reached it.
     """
     params, args, kwargs = frame.restore(arrays)
+    every = every or bool(readers(params))
     leaves, unflatten = flatten(params)
     given = [i for i, p in enumerate(leaves) if isinstance(p.value, _ARRAYS) or is_encoded(p.value)]
-    values, treedef = jax.tree.flatten((args, kwargs))
-    numeric = [i for i, v in enumerate(values) if isinstance(v, _ARRAYS)]
+    others, inputs = take_apart(None, args, kwargs)
 
     def of_arrays(weights: list[Any], inputs: list[Any]) -> Any:
         tree = [p.value for p in leaves]
         for i, w in zip(given, weights, strict=True):
             tree[i] = w
-        rest = list(values)
-        for i, v in zip(numeric, inputs, strict=True):
-            rest[i] = v
-        args, kwargs = jax.tree.unflatten(treedef, rest)
+        _, args, kwargs = others.restore(inputs)
         return fn(unflatten(tree), *args, **kwargs)
 
     weights = [leaves[i].value for i in given]
-    inputs = [values[i] for i in numeric]
     templates = [_template(w) for w in weights]
     closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(templates, inputs)
     used = {id(v) for v in _used(closed.jaxpr)}
@@ -143,9 +139,15 @@ def finish(program: Program, out: list[Any]) -> Any:
     """Returns the result of a program in its structure; untouched leaves stay leaves."""
 
     def value(x: Any) -> Any:
-        return x.value if isinstance(x, Tracked) and is_encoded(x.value) else dense(x)
+        return x.value if is_tracked(x) and is_encoded(x.value) else dense(x)
 
     return jax.tree.unflatten(program.out, [value(x) for x in out])
+
+
+def check_function(fn: Any, who: str) -> None:
+    """Raises unless ``fn`` can be called."""
+    if not callable(fn):
+        raise TypeError(f"{who}: fn is {type(fn).__name__}; give a function of (params, ...)")
 
 
 def name_of(fn: Any) -> str:

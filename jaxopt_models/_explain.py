@@ -9,13 +9,12 @@ from typing import Any
 import jax
 
 from ._call import name_of, take_apart, trace
-from ._encoded import is_encoded
-from ._jaxpr import bodies
+from ._jaxpr import bodies, scope_of
 from ._kernels import pick
 from ._products import multiply_adds, product_of
 from ._roles import Roles, roles
 from ._table import Table
-from ._tracked import is_tracked, readers
+from ._tracked import is_tracked, origins_of, packed, readers
 from ._walk import ENTERING, Walk
 
 
@@ -100,7 +99,7 @@ class Explaining(Walk):
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         named = False
         for i, x in enumerate(operands):
-            for k, o in enumerate(x.origins if is_tracked(x) else ()):
+            for k, o in enumerate(origins_of(x)):
                 named = True
                 self._write(eqn, operands, i, k, o)
         if not named and multiply_adds(eqn):
@@ -110,31 +109,27 @@ class Explaining(Walk):
     def _write(self, eqn: Any, operands: Sequence[Any], i: int, k: int, o: Any) -> None:
         kernel, why = None, ""
         value = operands[i].value
-        packed = any(map(is_encoded, jax.tree.leaves(value, is_leaf=is_encoded)))
-        if packed:
+        if packed(value):
             kernel, why = pick(eqn, operands) if self.may_run else (None, "no kernels here")
         notes = [why]
-        product = product_of(eqn, i)
-        if isinstance(product, str):
-            axes = ""
-        else:
+        product, axes, costs = product_of(eqn, i), "", multiply_adds(eqn)
+        if not isinstance(product, str):
             r = roles(o, product)
-            axes = _axes(r, len(o.shape)) if isinstance(r, Roles) else ""
-            notes.append(r if isinstance(r, str) else "")
+            if isinstance(r, Roles):
+                axes, costs = _axes(r, len(o.shape)), costs * r.share[0] // r.share[1]
+            else:
+                notes.append(r)
         ruled = [e.primitive.name for e in self.around if e.primitive.name.startswith("custom_")]
-        if packed and ruled:
+        if packed(value) and ruled:
             kernel, notes = None, [f"rebuilt before a {ruled[0]}, whose rule is kept"]
         if o.rebuilt:
             notes.append(f"rebuilt whole {o.rebuilt}")
-        between = len(operands) > 1 and all(is_tracked(v) and v.origins for v in operands)
+        between = len(operands) > 1 and all(map(origins_of, operands))
         unread = ruled or between or isinstance(product, str) or product.lookup
         if readers(value) and unread:
             notes.append("its input is not rounded here")
-        runs = kernel.label if kernel else "rebuilt" if packed or o.rebuilt else "dense"
+        runs = kernel.label if kernel else "rebuilt" if packed(value) or o.rebuilt else "dense"
         other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
-        costs = multiply_adds(eqn)
-        if not isinstance(product, str) and isinstance(r, Roles):
-            costs = costs * r.share[0] // r.share[1]
         note = "; ".join(n for n in notes if n)
         self._row(eqn, (o.path, i, k), axes, eqn.invars[i].aval.shape, other, costs, runs, note)
 
@@ -151,15 +146,17 @@ class Explaining(Walk):
     ) -> None:
         path = which[0]
         around = [e.primitive.name for e in self.around]
-        where = [] if self.bounded else ["for one iteration of a while loop"]
+        where = ["for one iteration of a while loop"] if "while" in around else []
         where += ["in a branch"] if "cond" in around else []
-        key = (*(id(e) for e in self.around), id(eqn), which)
+        trail = self.trail(eqn)
         out = next((v.aval.shape for v in eqn.outvars), None)
-        name = eqn.primitive.name + (f" ({self.scope(eqn)})" if self.scope(eqn) else "")
+        scope = scope_of(*self.around, eqn)
+        name = eqn.primitive.name + (f" ({scope})" if scope else "")
         shapes = [None if s is None else list(s) for s in (mine, other, out)]
         note = "; ".join([*where, note] if note else where)
-        self.totals[key[:-1]] = multiply_adds(eqn) * self.times, bool(path)
-        self.rows[key] = (path, name, axes, *shapes, self.times, costs * self.times, runs, note)
+        self.totals[trail] = multiply_adds(eqn) * self.times, bool(path)
+        cells = (path, name, axes, *shapes, self.times, costs * self.times, runs, note)
+        self.rows[trail, which] = cells
 
 
 def _multiplies(jaxpr: Any) -> bool:

@@ -52,9 +52,9 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def scope_of(eqn: Any) -> str:
-    """Returns the name scope of an equation within its jaxpr."""
-    return str(eqn.source_info.name_stack)
+def scope_of(*eqns: Any) -> str:
+    """Returns the name scope of the last equation, inside the bodies of those before it."""
+    return "/".join(s for s in (str(e.source_info.name_stack) for e in eqns) if s)
 
 
 def is_literal(v: Any) -> bool:

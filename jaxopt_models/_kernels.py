@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ._encoded import Encoded, is_encoded
-from ._tracked import Deferred, is_tracked
+from ._tracked import Deferred, is_tracked, values_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +47,11 @@ class Kernel:
 
         def elsewhere(*values: Any) -> tuple[Any, ...]:
             pairs = zip(operands, values, strict=True)
-            return tuple(
-                otherwise(
-                    eqn,
-                    [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs],
-                )
-            )
+            again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
+            return tuple(otherwise(eqn, again))
 
         here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
-        return list(jax.lax.platform_dependent(*_values(operands), default=elsewhere, **here))
+        return list(jax.lax.platform_dependent(*values_of(operands), default=elsewhere, **here))
 
 
 KERNELS: list[Kernel] = []
@@ -71,7 +67,7 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
     Returns:
       The first kernel that fits, or ``None`` and why none does.
     """
-    name, values = eqn.primitive.name, _values(operands)
+    name, values = eqn.primitive.name, values_of(operands)
     leaves = list(filter(is_encoded, values))
     if len(leaves) > 1:
         return None, "two compressed parameters meet"
@@ -87,7 +83,3 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
                 return kernel, ""
             why = f"{kernel.name}: {reason}"
     return None, why
-
-
-def _values(operands: Sequence[Any]) -> list[Any]:
-    return [x.value if is_tracked(x) else x for x in operands]

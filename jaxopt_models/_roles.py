@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ._axes import Axes
+from ._deferred import ARITHMETIC
 from ._products import Product
-from ._tracked import ARITHMETIC, ENTRYWISE, Origin
+from ._tracked import Origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def pull(
                 c, off = np.divmod(coords[i] - low, between + 1)
                 outside = outside + ((off != 0) | (c < 0) | (c >= before[i]))
                 coords[i] = c
-        elif name not in ENTRYWISE | ARITHMETIC | {"custom_jvp_call"}:
+        elif name not in ARITHMETIC:
             raise UnknownStep(name)
         elif len(before) == len(after):
             coords = [
@@ -238,8 +239,7 @@ def roles(o: Origin, product: Product) -> Roles | str:
     if not out and o.shape[-1:] == (1,) and len(o.shape) - stack > 1:
         out = {len(o.shape) - 1}
     ins = [a for a in range(stack, len(o.shape)) if a not in out]
-    found = _read(o, product, lines, lead, indices, shared, reduced, stack, out, ins)
-    return found if isinstance(found, str) else dataclasses.replace(found, picked=tuple(picked))
+    return _read(o, product, lines, lead, picked, indices, shared, reduced, stack, out, ins)
 
 
 def _read(
@@ -247,6 +247,7 @@ def _read(
     product: Product,
     lines: _Lines,
     lead: list[int],
+    picked: list[tuple[int, int]],
     indices: list[int],
     shared: list[int],
     reduced: list[int],
@@ -297,7 +298,7 @@ def _read(
         places=None if same else tuple(places.tolist()),
         kept=tuple(d - t for d in shared),
         indices=tuple(lines.sizes[d] for d in indices),
-        picked=(),
+        picked=tuple(picked),
         lead=tuple(lines.sizes[d] for d in lead),
         stacked=tuple(stacked),
         where=tuple(where.tolist()),

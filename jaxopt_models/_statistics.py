@@ -24,6 +24,8 @@ class Statistic:
 
     #: What merges two states, entry by entry.
     merge_with: ClassVar[str] = "add"
+    #: The neutral value where that is the maximum.
+    least: ClassVar[float] = -jnp.inf
 
     def of(self, blocks: Blocks) -> Any:
         """Returns the state for samples."""
@@ -35,7 +37,7 @@ class Statistic:
 
     def zero(self, state: Any) -> Any:
         """Returns the neutral state of the shape of ``state``."""
-        fill = 0 if self.merge_with == "add" else -jnp.inf
+        fill = 0 if self.merge_with == "add" else self.least
         return jax.tree.map(lambda a: jnp.full(a.shape, fill, a.dtype), state)
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -106,6 +108,7 @@ class Broken(Statistic):
     """Whether a value was NaN or Inf, 0 or 1."""
 
     merge_with = "max"
+    least = 0
 
     def of(self, blocks: Blocks) -> jax.Array:
         found = [jnp.any(~jnp.isfinite(b), axis=(-1, -2)) for b in blocks]
@@ -114,23 +117,18 @@ class Broken(Statistic):
     def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
-    def zero(self, state: Any) -> jax.Array:
-        return jnp.zeros(state.shape, jnp.int32)
-
 
 class Absmax(Statistic):
     """Largest absolute value, 0 for no sample."""
 
     merge_with = "max"
+    least = 0
 
     def of(self, blocks: Blocks) -> jax.Array:
         return _each(lambda x: jnp.max(jnp.abs(x), axis=-2, initial=0), blocks)
 
     def of_lookup(self, counts: jax.Array, samples: int) -> jax.Array:
         return (counts > 0).astype(_float())
-
-    def zero(self, state: Any) -> Any:
-        return jnp.zeros(state.shape, state.dtype)
 
 
 class Range(NamedTuple):

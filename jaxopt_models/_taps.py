@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._call import Program, finish, name_of, take_apart, trace
+from ._call import Program, check_function, finish, name_of, take_apart, trace
 from ._jaxpr import bodies, is_literal, scope_of
 from ._paths import flatten
 from ._table import Table
-from ._tracked import dense, is_tracked
+from ._tracked import dense, origins_of
 from ._walk import Emitted, Walk
 
 _CLOSED = ("custom_jvp_call", "custom_vjp_call")
@@ -58,8 +58,7 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
       >>> found["hidden"]
       Array([[1., 0.]], dtype=float32)
     """
-    if not callable(fn):
-        raise TypeError(f"taps: fn is {type(fn).__name__}; give a function of (params, ...)")
+    check_function(fn, "taps")
     names = (names,) if isinstance(names, str) else tuple(names or ())
     wrong = [n for n in names if not isinstance(n, str)]
     if wrong:
@@ -131,8 +130,8 @@ def _sites(
     jaxpr: Any, around: tuple[Any, ...] = (), counts: dict[str, int] | None = None
 ) -> list[_Site]:
     counts = {} if counts is None else counts
-    outer = "/".join(s for s in map(scope_of, around) if s)
-    scopes = ["/".join(s for s in (outer, scope_of(e)) if s) for e in jaxpr.eqns]
+    outer = scope_of(*around)
+    scopes = [scope_of(*around, e) for e in jaxpr.eqns]
     readers: dict[Any, list[str | None]] = {}
     for e, scope in zip(jaxpr.eqns, scopes, strict=True):
         for v in e.invars:
@@ -230,34 +229,27 @@ class Tapping(Walk):
     order: list[Any] = dataclasses.field(default_factory=list)
     collects = True
 
-    def _trail(self, eqn: Any) -> tuple[int, ...]:
-        return tuple(id(e) for e in (*self.around, eqn))
-
     def wants(self, eqn: Any) -> bool:
-        trail = self._trail(eqn)
+        trail = self.trail(eqn)
         return any(t[: len(trail)] == trail and len(t) > len(trail) for t in self.wanted)
 
     def after(self, eqn: Any, found: list[Any]) -> None:
-        for name, i in self.wanted.get(self._trail(eqn), ()):
-            self._tap(name, (self._trail(eqn), i), found[i])
+        for name, i in self.wanted.get(self.trail(eqn), ()):
+            self._tap(name, (self.trail(eqn), i), found[i])
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         found = super().use(eqn, operands)
         for x in operands:
-            for o in x.origins if is_tracked(x) else ():
-                if o.path in self.paths:
-                    for name in self.paths[o.path]:
-                        self._tap(name, (self._trail(eqn), 0), found[0])
+            for o in origins_of(x):
+                for name in self.paths.get(o.path, ()):
+                    self._tap(name, (self.trail(eqn), 0), found[0])
         return found
 
     def _tap(self, name: str, what: Any, value: Any) -> None:
         if (name, what) not in self.order:
             self.order.append((name, what))
-        scans = [i + 1 for i, e in enumerate(self._loops()) if e.primitive.name == "scan"]
+        scans = [i + 1 for i, e in enumerate(self.loops) if e.primitive.name == "scan"]
         self.emit(f"{self.order.index((name, what)):06d}", dense(value), tuple(scans))
-
-    def _loops(self) -> list[Any]:
-        return [e for e in self.around if e.primitive.name in ("scan", "while")]
 
     def zero(self, e: Any) -> Any:
         return Emitted(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), e.value), e.loops)
