@@ -21,6 +21,7 @@ from ._bits import unpack_codes as unpack_codes
 from ._calibrate import Calibration as Calibration
 from ._calibrate import Stats as Stats
 from ._calibrate import calibrate as calibrate
+from ._chain import chain as chain
 from ._compress import compress as compress
 from ._compress import straight_through as straight_through
 from ._encoded import Encoded as Encoded
@@ -29,12 +30,13 @@ from ._encoded import leaf as leaf
 from ._encoded import materialize as materialize
 from ._encoded import static as static
 from ._encoder import Encoder as Encoder
-from ._encoder import chain as chain
 from ._functional import functional as functional
+from ._latent import Latent as Latent
 from ._partition import combine as combine
 from ._partition import partition as partition
 from ._plan import plan as plan
 from ._plan import report as report
+from ._prepare import prepare as prepare
 from ._recipe import Rule as Rule
 from ._recipe import recipe_from_json as recipe_from_json
 from ._recipe import recipe_to_json as recipe_to_json

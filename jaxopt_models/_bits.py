@@ -28,6 +28,8 @@ _NATIVE = {
 
 def dtype_bits(dtype: Any) -> int:
     """Returns the bits one element of ``dtype`` occupies (`.itemsize` is wrong below 8)."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return 8 * dtype.itemsize
     dtype = jnp.dtype(dtype)
     if jnp.issubdtype(dtype, jnp.integer):
         return int(ml_dtypes.iinfo(dtype).bits)

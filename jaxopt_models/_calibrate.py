@@ -34,7 +34,8 @@ class Stats:
     """What was seen at the input of one parameter; made by :func:`calibrate`.
 
     Each statistic is an attribute: ``absmax``, ``l2``, ``mean`` `[*stack, *groups, rows]` with a
-    row for each entry of the *in* axes, ``minmax`` with ``min`` and ``max`` of that shape, ``gram``
+    row for each entry of the *in* axes, ``minmax`` with ``min`` and ``max`` of that shape,
+    ``average`` with those of all rows, averaged over batches, `[*stack, *groups]`, ``gram``
     `[*stack, *groups, rows, rows]`, ``histogram`` of all rows with ``counts``
     `[*stack, *groups, 4096]` and ``edges``; and always ``count``, the number of samples, `float32`
     `[*stack, *groups]`, 0 where none was seen.
@@ -129,8 +130,9 @@ def calibrate(
       params: its parameters, compressed or not.
       batches: tuples of the arguments after ``params``. One compilation serves all batches of
         the same shapes.
-      what: names of statistics, of ``absmax``, ``minmax``, ``l2``, ``mean``, ``histogram`` and
-        ``gram``, or a recipe, for which each parameter gets what its encoder needs.
+      what: names of statistics, of ``absmax``, ``minmax``, ``average``, ``l2``, ``mean``,
+        ``histogram`` and ``gram``, or a recipe, for which each parameter gets what its encoder
+        needs.
       gram_rows: parameters with more rows get no ``gram``, which is `[rows, rows]`; they are
         listed in ``missing``.
       progress: show a bar, a step for each batch.
@@ -192,7 +194,7 @@ def calibrate(
             step("")
     if kept is None:
         raise ValueError("calibrate: there is no batch; give at least one tuple of arguments")
-    return _calibration(params, kept, ledger, recipe, name_of(fn))
+    return assembled(params, kept, ledger, recipe, name_of(fn))
 
 
 def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
@@ -222,7 +224,8 @@ def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
     return lambda path: what, {}
 
 
-def _calibration(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str) -> Calibration:
+def assembled(params: Any, kept: Any, ledger: Ledger, recipe: Any, name: str) -> Calibration:
+    """Makes statistics by path of what walks emitted, and raises where any are lacking."""
     found: dict[str, list[tuple[int, Stats]]] = {}
     for key, e in kept.items():
         use, multiply_adds = ledger.uses[int(key)], ledger.multiply_adds[int(key)]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ._jaxpr import varying
 from ._products import product_of
 from ._roles import Roles, roles
-from ._statistics import ALWAYS, STATISTICS, Statistic
+from ._statistics import ALWAYS, PAIRED, STATISTICS, Statistic
 from ._tracked import dense, is_tracked, origins_of
 from ._walk import ENTERING, Emitted, Walk
 
@@ -112,15 +112,19 @@ class Calibrating(Walk):
             self.ledger.partly[o.path] = f"gram of {r.rows} rows: raise gram_rows"
         other = _whole(jax.lax.stop_gradient(dense(other)))
         every = {n: STATISTICS[n] for n in names} | ALWAYS
+        name = self.ledger.name(Use(o.path, r, o.loops), product.multiply_adds * self.times)
         if product.lookup:
             counts, samples = product.counts(other)
             states = {n: s.of_lookup(_put(counts, r), samples) for n, s in every.items()}
         else:
             blocks = self._rows(product.inputs(other, r.kept), r)
             states = {n: s.of(blocks) for n, s in every.items()}
-        name = self.ledger.name(Use(o.path, r, o.loops), product.multiply_adds * self.times)
+            self.read(name, eqn, blocks, names)
         self.emit(name, self._placed(states, o, r), o.loops)
         return ""
+
+    def read(self, name: str, eqn: Any, blocks: list[jax.Array], names: Sequence[str]) -> None:
+        """Is told the input of a use, `[*lead, samples, rows]` in blocks along the last axis."""
 
     def _rows(self, blocks: list[jax.Array], r: Roles) -> list[jax.Array]:
         if r.places is not None:
@@ -194,7 +198,7 @@ def _whole(x: jax.Array) -> jax.Array:
 
 def statistic(name: str) -> Statistic:
     """Returns a statistic by name, those that are always kept included."""
-    return ALWAYS[name] if name in ALWAYS else STATISTICS[name]
+    return {**ALWAYS, **PAIRED}.get(name) or STATISTICS[name]
 
 
 def neutral(states: States) -> States:

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ._axes import Matrix
-from ._bits import has_planes, packed_layout, unpack_codes
-from ._encoded import Encoded
+from ._bits import has_planes, pack_codes, packed_layout, unpack_codes
+from ._encoded import Encoded, is_encoded
 
 
 class Coded(Encoded):
@@ -36,9 +36,14 @@ class Coded(Encoded):
         return jnp.dtype(self.dtype_name)
 
     @property
-    def meaning(self) -> jax.Array:
+    def meaning(self) -> Any:
         """The part that says what codes mean: scales or centroids."""
         return getattr(self, self.trainable[0])
+
+    @property
+    def shared(self) -> int:
+        """Number of neighbours along the last output axis that mean the same."""
+        return 1
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -49,6 +54,12 @@ class Coded(Encoded):
         """Unpacks the codes: `int32`, shape of the tensor."""
         n = self.core[-1] if self.core else 1
         return unpack_codes(self.codes, n, bits=self.bits, signed=self.signed).reshape(self.shape)
+
+    def hidden(self, keep: jax.Array) -> Coded:
+        """Returns this leaf with code 0 where a mask hides it."""
+        codes = jnp.where(keep, self.integers(), 0)
+        packed = pack_codes(jnp.atleast_1d(codes), bits=self.bits, signed=self.signed)
+        return dataclasses.replace(self, codes=packed)
 
     def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
         """Divides codes as the tensor, and what belongs to each output with the outputs."""
@@ -61,6 +72,14 @@ class Coded(Encoded):
             return None
         planes = (*axes[:-1], None, axes[-1]) if has_planes(self.bits) and axes else axes
         meaning = PartitionSpec(*axes[:n], *(axes[n + a] for a in self.out), last)
+        if (
+            self.out
+            and axes[n + self.out[-1]] is not None
+            and local[n + self.out[-1]] % self.shared
+        ):
+            return None
+        if is_encoded(self.meaning):
+            return None  # scales that are encoded themselves are not divided
         rest = {k: meaning for k in self.parts() if k != "codes"}
         return dataclasses.replace(self, codes=PartitionSpec(*planes), **rest)
 
@@ -73,12 +92,15 @@ class Coded(Encoded):
         wrong = []
         name = self.trainable[0]
         outputs = Matrix(self.core, self.out).out_shape
+        if outputs:
+            outputs = (*outputs[:-1], outputs[-1] // self.shared)
         if tuple(self.meaning.shape[len(self.stack) : -1]) != outputs:
             wrong.append(f"{name} has shape {self.meaning.shape} for the outputs {outputs}")
         shape, dtype = packed_layout(self.core, bits=self.bits, signed=self.signed)
         if self.codes.dtype != dtype or tuple(self.codes.shape) != self.stack + shape:
             have = f"{self.codes.dtype}{list(self.codes.shape)}"
             wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
-        if not np.all(np.isfinite(self.meaning)):
+        meaning = self.meaning.materialize() if is_encoded(self.meaning) else self.meaning
+        if not np.all(np.isfinite(meaning)):
             wrong.append(f"{name} holds NaN or Inf")
-        return wrong
+        return wrong + (self.meaning.check() if is_encoded(self.meaning) else [])

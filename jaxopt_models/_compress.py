@@ -89,8 +89,7 @@ def encode(d: Decision, *, stats: Any, key: jax.Array | None, who: str) -> Any:
     assert encoder is not None and d.rule is not None
     with named(f"{who}: {path}"):
         found = None if stats is None else stats.get(path)
-        missing = [n for n in encoder.needs if found is None or n not in found.names]
-        if missing:
+        if missing := encoder.missing(d.parameter.value, found):
             raise ValueError(f"{encoder} needs the statistics {missing}; calibrate and pass stats=")
         axes = d.rule.axes or getattr(found, "axes", None)
         return encoder(d.parameter.value, axes=axes, stats=found, key=fold(key, path))

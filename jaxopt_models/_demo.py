@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from . import artifact, codebook, data, models, prune, quant
+from ._chain import chain
 from ._encoded import materialize
-from ._encoder import chain
 from ._layers import layers
 from ._pipeline import Steps, deep_compression
 from ._recipe import Rule

@@ -94,6 +94,20 @@ class Encoded:
         """
         return x
 
+    def result(self, y: jax.Array, x: jax.Array, product: Any, over: tuple[str, ...]) -> jax.Array:
+        """Returns what becomes of a product with this parameter.
+
+        Args:
+          y: the product with what :meth:`read` returned.
+          x: the input that :meth:`read` was given.
+          product: how they were multiplied, a :class:`jaxopt_models._products.Product`.
+          over: as for :meth:`read`.
+
+        Returns:
+          An array of the shape and type of ``y``.
+        """
+        return y
+
     def storage_bits(self) -> int:
         """Returns the bits really stored: count times width, side data included."""
         return sum(self.bits_by_part().values())
@@ -152,6 +166,20 @@ class Encoded:
         core = tuple(shape[len(shape) - len(self.core) :])
         inner = {n: p.resized(shape) for n, p in self.parts().items() if isinstance(p, Encoded)}
         return dataclasses.replace(self, core=core, **inner)
+
+    def trained(self) -> tuple[str, ...]:
+        """Returns the fields that :func:`partition` hands to an optimizer."""
+        return type(self).trainable
+
+    def hidden(self, keep: jax.Array) -> Encoded:
+        """Returns this leaf of one core tensor with its codes 0 where a mask hides them.
+
+        So a file, which keeps none of these, gives back every bit.
+        """
+        inner = {
+            n: p.hidden(keep) for n, p in self.parts().items() if n == "values" and is_encoded(p)
+        }
+        return dataclasses.replace(self, **inner)
 
     def check(self) -> list[str]:
         """Returns what is wrong with the contents of this leaf, a line each; none if sound."""

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from ._axes import Axes
 from ._bits import is_concrete
 from ._encoded import Encoded, Masked, is_encoded
+from ._latent import Latent, holds_latent
+from ._options import Brief
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class Encoder(Brief):
     """A compression method with its options: callable on one tensor.
 
     Subclasses are frozen dataclasses whose options are hashable, and define
@@ -26,6 +28,8 @@ class Encoder:
 
     #: Names of the statistics that :meth:`encode` wants in ``stats``.
     needs: ClassVar[tuple[str, ...]] = ()
+    #: Whether this only puts something around a parameter, whose values others encode.
+    around: ClassVar[bool] = False
 
     def encode(
         self,
@@ -50,6 +54,56 @@ class Encoder:
         """
         raise NotImplementedError
 
+    def latent(self, w: jax.Array, **given: Any) -> dict[str, Any]:
+        """Returns what training learns beside one core tensor, as it begins.
+
+        Args:
+          w: floating tensor, zero wherever ``keep`` is false.
+          **given: ``axes``, ``keep``, ``stats`` and ``key``, as for :meth:`encode`.
+
+        Returns:
+          Arrays by name; by default none.
+        """
+        return {}
+
+    def show(self, w: jax.Array, learned: dict[str, Any], **given: Any) -> jax.Array:
+        """Returns what one core tensor will be, with the derivative that training sees.
+
+        Args:
+          w: floating tensor, zero wherever ``keep`` is false.
+          learned: of the structure that :meth:`latent` returned.
+          **given: as for :meth:`encode`.
+
+        Returns:
+          What :meth:`ship` stores, bit for bit. By default derivatives pass to ``w`` as if
+          nothing had happened.
+        """
+
+        @jax.custom_jvp
+        def shown(w: jax.Array, learned: Any, keep: Any, stats: Any, key: Any) -> jax.Array:
+            rest = {"keep": keep, "stats": stats, "key": key}
+            return self.ship(w, learned, axes=given["axes"], **rest).rebuild()
+
+        @shown.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+            return shown(*primals), tangents[0]
+
+        return shown(w, learned, given["keep"], given["stats"], given["key"])
+
+    def ship(self, w: jax.Array, learned: dict[str, Any], **given: Any) -> Encoded:
+        """Encodes one core tensor with what was learned; see :meth:`show`."""
+        return self.encode(w, **given)
+
+    def sides(self) -> tuple[Encoder | None, tuple[Encoder, ...]]:
+        """Returns what encodes the values of a parameter, and what goes around them."""
+        return (None, (self,)) if self.around else (self, ())
+
+    def missing(self, w: Any, stats: Any) -> list[str]:
+        """Returns the names of needed statistics that are not there; a trained leaf needs none."""
+        if holds_latent(w):
+            return []
+        return [n for n in self.needs if stats is None or n not in stats.names]
+
     def __call__(
         self,
         w: jax.Array | Encoded,
@@ -63,7 +117,8 @@ class Encoder:
 
         Args:
           w: floating tensor, or a leaf. The values of a :class:`Masked` leaf are encoded
-            under its mask; any other leaf is rebuilt and encoded anew.
+            under its mask; a :class:`Latent` leaf made by this encoder becomes what it shows; any
+            other leaf is rebuilt and encoded anew.
           axes: roles of the axes; default: last is out, no stack.
           keep: booleans of the shape of ``w``; entries that are false become zero and stay
             so, in a :class:`Masked` leaf.
@@ -103,6 +158,8 @@ class Encoder:
         if old.around:
             values = self(old.values, axes=axes, keep=keep, stats=stats, key=key)
             return dataclasses.replace(old, values=values)
+        if isinstance(old, Latent):
+            return self._trained(old, keep)
         if not isinstance(old, Masked):
             new = self._encode(old.materialize(), axes=axes, keep=keep, stats=stats, key=key)
             if isinstance(new, Masked):
@@ -126,6 +183,16 @@ class Encoder:
             return masked(mask, new, len(old.stack))
         return Masked(old.mask, new, old.core)
 
+    def _trained(self, old: Latent, keep: Any) -> Encoded:
+        if old.encoder != self:
+            raise ValueError(
+                f"it was prepared for {old.encoder}, not for {self}; compress it with the recipe "
+                "that prepare was given"
+            )
+        if keep is not None:
+            raise ValueError("a prepared parameter keeps the mask it has; give keep= to prepare")
+        return old.ship()
+
 
 def masked(keep: jax.Array, values: Any, stack: int) -> Masked:
     """Puts a mask over values with so many stack axes."""
@@ -142,7 +209,8 @@ def _run(encoder: Encoder, axes: Axes, w: Any, keep: Any, stats: Any, key: Any) 
         key = jax.random.split(key, w.shape[: axes.stack])
 
     def one(w, keep, stats, key):
-        return encoder.encode(w, axes=core, keep=keep, stats=stats, key=key)
+        leaf = encoder.encode(w, axes=core, keep=keep, stats=stats, key=key)
+        return leaf if keep is None else leaf.hidden(keep)
 
     for _ in range(axes.stack):
         one = jax.vmap(one)
@@ -177,58 +245,3 @@ def check_tensor(w: Any) -> None:
 @jax.jit
 def _not_finite(w: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(w))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain(Encoder):
-    """Encoders applied one after another; made by :func:`chain`."""
-
-    encoders: tuple[Encoder, ...]
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Statistics that any of the encoders wants."""
-        return tuple(dict.fromkeys(n for e in self.encoders for n in e.needs))
-
-    def __call__(self, w, *, axes=None, keep=None, stats=None, key=None) -> Encoded:
-        """Encodes ``w`` by each encoder in turn; see :meth:`Encoder.__call__`."""
-        for i, encoder in enumerate(self.encoders):
-            k = None if key is None else jax.random.fold_in(key, i)
-            w = encoder(w, axes=axes, keep=keep, stats=stats, key=k)
-            keep = None  # from here on the leaf carries its mask
-        return w
-
-    def __repr__(self) -> str:
-        return f"chain({', '.join(map(repr, self.encoders))})"
-
-
-def chain(*encoders: Encoder) -> Encoder:
-    """Composes encoders: each re-encodes the values of the leaf before it, under its mask.
-
-    Args:
-      *encoders: pruning first, then quantization or a codebook.
-
-    Returns:
-      One encoder. Compressing twice, with the first and then the second, does the same.
-
-    Raises:
-      TypeError: if anything but encoders is given.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxopt_models import chain, prune, quant
-      >>> small = chain(prune.Magnitude(sparsity=0.5), quant.Int(bits=3))(jnp.arange(4.0))
-      >>> small.kind()
-      'Masked(Quantized)'
-      >>> small.materialize()
-      Array([0., 0., 2., 3.], dtype=float32)
-    """
-    for e in encoders:
-        if not isinstance(e, Encoder):
-            raise TypeError(f"chain takes encoders such as quant.Int(bits=8), got {e!r}")
-    flat: list[Encoder] = []
-    for e in encoders:
-        flat.extend(e.encoders if isinstance(e, Chain) else [e])
-    if not flat:
-        raise TypeError("chain needs at least one encoder")
-    return flat[0] if len(flat) == 1 else Chain(tuple(flat))

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import operator
 import re
 from typing import Any
+
+
+class Brief:
+    """What a frozen dataclass of options derives from: written as one would type it.
+
+    Options at their default are left out.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A dataclass writes a __repr__ of its own unless the class has one.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Brief.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in given(self).items())
+        return f"{type(self).__name__}({options})"
+
+
+def given(value: Any) -> dict[str, Any]:
+    """Returns the options of a dataclass that are not at their default."""
+    options = {}
+    # In the order in which they are typed, not in that of the classes they come from.
+    for f in sorted(dataclasses.fields(value), key=lambda f: f.kw_only):
+        option = getattr(value, f.name)
+        if f.default is dataclasses.MISSING or option != f.default:
+            options[f.name] = option
+    return options
 
 
 def whole(value: Any, name: str, *, least: int | None = None) -> int:
@@ -41,6 +71,24 @@ def portion(value: Any, name: str, *, closed: bool = False) -> float:
         raise TypeError(f"{name}={value!r} is no number; write one in {interval}") from None
     if not (0 <= found < 1 or (closed and found == 1)):
         raise ValueError(f"{name}={found!r} is not in {interval}")
+    return found
+
+
+def number(value: Any, name: str) -> float:
+    """Returns a finite real number as `float`, NumPy's included.
+
+    Raises:
+      TypeError: naming the option, if it is no number.
+      ValueError: naming it, if it is not finite.
+    """
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        found = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} is no number") from None
+    if not math.isfinite(found):
+        raise ValueError(f"{name}={found!r} is not finite")
     return found
 
 

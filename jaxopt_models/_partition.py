@@ -41,12 +41,18 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 def _split(x: Any, train: bool) -> tuple[Any, Any]:
     if not is_encoded(x):
+        if not jax.tree_util.all_leaves([x]):  # a part that is a tree of arrays itself
+            inside, treedef = jax.tree.flatten(x, is_leaf=is_encoded)
+            halves = [_split(v, train) for v in inside]
+            return treedef.unflatten([a for a, _ in halves]), treedef.unflatten(
+                [b for _, b in halves]
+            )
         train = train and hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
         return (x, None) if train else (None, x)
     a: dict[str, Any] = {}
     b: dict[str, Any] = {}
     for name, part in x.parts().items():
-        a[name], b[name] = _split(part, train and name in type(x).trainable)
+        a[name], b[name] = _split(part, train and name in x.trained())
     return dataclasses.replace(x, **a), dataclasses.replace(x, **b)
 
 
@@ -100,5 +106,6 @@ def check_trainable(tree: Any, *, who: str) -> None:
 
 def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
     if not isinstance(x, Encoded):
-        return [(path, x)]
+        inside = jax.tree_util.tree_flatten_with_path(x)[0]
+        return [(path + jax.tree_util.keystr(keys), v) for keys, v in inside]
     return [a for n, part in x.parts().items() for a in _arrays(f"{path}.{n}", part)]

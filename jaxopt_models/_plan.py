@@ -16,7 +16,7 @@ from ._bits import array_bits
 from ._compress import encode
 from ._encoded import Encoded, is_encoded
 from ._paths import Parameter, flatten
-from ._recipe import Decision, Rule, decide, show
+from ._recipe import Decision, Rule, decide
 from ._table import Table
 
 
@@ -67,7 +67,7 @@ def plan(
             note = "kept dense by the recipe" if d.rule else "no rule matches"
         before, after = before + old, after + new
         size = max(1, math.prod(shape))
-        rows.append((p.path, list(shape), axes, show(d.encoder), new / size, note))
+        rows.append((p.path, list(shape), axes, repr(d.encoder), new / size, note))
     if not rows:
         raise ValueError("plan: the tree has no leaves")
     columns = ("path", "shape", "axes", "encoder", "bits", "note")

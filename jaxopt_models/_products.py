@@ -48,6 +48,17 @@ class Product:
             return tuple(self.eqn.params["dimension_numbers"][0][1 - self.position])
         return tuple(self.eqn.params["dimension_numbers"].lhs_spec[1:])
 
+    @property
+    def span(self) -> tuple[int, ...]:
+        """Axes of the result that one sample extends over."""
+        if self.eqn.primitive.name == "dot_general":
+            (contract, _), (batch, _) = self.eqn.params["dimension_numbers"]
+            first = len(self.eqn.invars[0].aval.shape) - len(contract)
+            if self.position == 0:
+                return tuple(range(len(batch), first))
+            return tuple(range(first, len(self.eqn.outvars[0].aval.shape)))
+        return tuple(self.eqn.params["dimension_numbers"].out_spec[1:])
+
     def inputs(self, x: jax.Array, kept: Sequence[int]) -> list[jax.Array]:
         """Returns what the parameter is multiplied with.
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ._axes import Axes
-from ._encoder import Chain, Encoder, chain
-from ._options import pattern
+from ._chain import Chain, chain
+from ._encoder import Encoder
+from ._options import given, pattern
 from ._paths import Parameter
 
 
@@ -52,7 +53,7 @@ class Rule:
 
     def __repr__(self) -> str:
         axes = "" if self.axes is None else f", {self.axes!r}"
-        return f"Rule({self.path!r}, {show(self.encoder)}{axes})"
+        return f"Rule({self.path!r}, {self.encoder!r}{axes})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +127,6 @@ def check_recipe(recipe: Any, *, who: str) -> list[Rule]:
     return rules
 
 
-def show(value: Any) -> str:
-    """Writes an encoder as one would type it, options at their default left out."""
-    if isinstance(value, Chain):
-        return f"chain({', '.join(show(e) for e in value.encoders)})"
-    if not isinstance(value, Encoder):
-        return repr(value)
-    options = ", ".join(f"{k}={show(v)}" for k, v in _options(value).items())
-    return f"{type(value).__name__}({options})"
-
-
 def recipe_to_json(recipe: Sequence[Rule]) -> str:
     """Writes a recipe as JSON; options at their default are left out.
 
@@ -199,15 +190,6 @@ def recipe_from_json(text: str, *, encoders: Sequence[type] = ()) -> list[Rule]:
     return rules
 
 
-def _options(value: Any) -> dict[str, Any]:
-    options = {}
-    for f in dataclasses.fields(value):
-        option = getattr(value, f.name)
-        if f.default is dataclasses.MISSING or option != f.default:
-            options[f.name] = option
-    return options
-
-
 def _class_name(cls: type) -> str:
     module = cls.__module__
     if module.startswith("jaxopt_models."):
@@ -220,7 +202,7 @@ def _to_data(value: Any) -> Any:
     if isinstance(value, Chain):
         return [_to_data(e) for e in value.encoders]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {_class_name(type(value)): {k: _to_data(v) for k, v in _options(value).items()}}
+        return {_class_name(type(value)): {k: _to_data(v) for k, v in given(value).items()}}
     if isinstance(value, tuple):
         return [_to_data(v) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -30,19 +30,7 @@ class Checkpoints:
         self.managers: dict[str, Any] = {}
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "run.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            differ = [k for k in identity if found.get(k) != identity[k]]
-            if differ:
-                lines = [f"\n  {k}: {found.get(k)} there, {identity[k]} here" for k in differ]
-                raise ValueError(
-                    f"checkpoint={str(self.folder)!r} is of another run:{''.join(lines)}\n"
-                    "Give another folder, or remove this one to start anew"
-                )
-        else:
-            _write(file, json.dumps(identity))
+        claim(self.folder, identity, "checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -84,6 +72,23 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
             self.managers[stage] = ocp.CheckpointManager(self.folder / stage, options=options)
         return self.managers[stage]
+
+
+def claim(folder: pathlib.Path, identity: dict[str, str], option: str) -> None:
+    """Makes a folder that of a run, or raises a `ValueError` if it is that of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "run.json"
+    if not file.exists():
+        _write(file, json.dumps(identity))
+        return
+    found = json.loads(file.read_text())
+    differ = [k for k in identity if found.get(k) != identity[k]]
+    if differ:
+        lines = [f"\n  {k}: {found.get(k)} there, {identity[k]} here" for k in differ]
+        raise ValueError(
+            f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n"
+            "Give another folder, or remove this one to start anew"
+        )
 
 
 def digest(tree: Any) -> str:

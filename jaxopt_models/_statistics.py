@@ -156,6 +156,53 @@ class MinMax(Statistic):
         return Range(-state[0], state[1])
 
 
+class Average(Statistic):
+    r"""Moving averages of the least and the greatest value of batches, later ones weighing more.
+
+    .. math:: m_t = 0.9 \, m_{t-1} + 0.1 \max x_t, \qquad m = m_T / (1 - 0.9^T)
+
+    The state holds the weight of what came before it, and the sums of the highest values and of
+    the negative of the lowest; merging is associative, but keeps the order.
+    """
+
+    decay: ClassVar[float] = 0.9
+
+    def of(self, blocks: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+        whole = (-2, -1)
+        low = [jnp.max(-_wide(b), axis=whole, initial=0) for b in blocks]
+        high = [jnp.max(_wide(b), axis=whole, initial=0) for b in blocks]
+        return self._of(functools.reduce(jnp.maximum, low), functools.reduce(jnp.maximum, high))
+
+    def of_lookup(self, counts: jax.Array, samples: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self._of(jnp.zeros((), _float()), jnp.max(counts > 0).astype(_float()))
+
+    def _of(self, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        share = 1 - self.decay
+        return jnp.full(low.shape, self.decay, low.dtype), share * low, share * high
+
+    def zero(self, state: Any) -> Any:
+        before, low, high = state
+        return jnp.ones(before.shape, before.dtype), *(
+            jnp.zeros(x.shape, x.dtype) for x in (low, high)
+        )
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return a[0] * b[0], a[1] * b[0] + b[1], a[2] * b[0] + b[2]
+
+    def over(self, state: Any, axes: tuple[str, ...]) -> Any:
+        # Devices hold parts of one batch, of which the range counts once.
+        before, low, high = state
+        return -jax.lax.pmax(-before, axes), jax.lax.pmax(low, axes), jax.lax.pmax(high, axes)
+
+    def result(self, state: Any, count: jax.Array) -> Range:
+        before, low, high = state
+        seen = before < 1
+        share = jnp.where(seen, 1 - before, 1)
+        return Range(
+            jnp.where(seen, -low / share, jnp.inf), jnp.where(seen, high / share, -jnp.inf)
+        )
+
+
 class L2(Statistic):
     r"""Euclidean norm over the samples, :math:`\sqrt{\sum x^2}`."""
 
@@ -208,6 +255,16 @@ class Bins:
 
     tally: Tally
     exponent: jax.Array
+
+    def pooled(self, axes: tuple[int, ...]) -> Bins:
+        """Returns the bins of all values along leading axes."""
+        if not axes:
+            return self
+        histogram = Histogram()
+        e = jnp.max(self.exponent, axis=axes, keepdims=True)
+        tally = histogram.coarser(self, jnp.broadcast_to(e, self.exponent.shape))
+        low, high = (jnp.sum(x, axis=axes) for x in (tally.low, tally.high))
+        return Bins(Tally.of(low, high), jnp.squeeze(e, axes))
 
     @property
     def counts(self) -> jax.Array:
@@ -263,13 +320,14 @@ class Histogram(Statistic):
 
     def merge(self, a: Bins, b: Bins) -> Bins:
         e = jnp.maximum(a.exponent, b.exponent)
-        return Bins(self._coarser(a, e).plus(self._coarser(b, e)), e)
+        return Bins(self.coarser(a, e).plus(self.coarser(b, e)), e)
 
     def over(self, state: Bins, axes: tuple[str, ...]) -> Bins:
         e = jax.lax.pmax(state.exponent, axes)
-        return Bins(self._coarser(state, e).over(axes), e)
+        return Bins(self.coarser(state, e).over(axes), e)
 
-    def _coarser(self, state: Bins, e: jax.Array) -> Tally:
+    def coarser(self, state: Bins, e: jax.Array) -> Tally:
+        """Counts in the bins of a larger exponent."""
         half = self.bins // 2
         shift = jnp.minimum(e - state.exponent, half.bit_length())
 
@@ -282,11 +340,18 @@ class Histogram(Statistic):
         return Tally.of(one(state.tally.low, shift), one(state.tally.high, shift))
 
 
+class Drift(Statistic):
+    r"""What a compressed model changed, :math:`\tilde X^\top (X - \tilde X)`; made of two walks."""
+
+
 #: Of every input, whatever was asked for.
 ALWAYS: dict[str, Statistic] = {"count": Count(), "broken": Broken()}
+#: Of two models at once.
+PAIRED: dict[str, Statistic] = {"drift": Drift()}
 STATISTICS: dict[str, Statistic] = {
     "absmax": Absmax(),
     "minmax": MinMax(),
+    "average": Average(),
     "l2": L2(),
     "mean": Mean(),
     "histogram": Histogram(),

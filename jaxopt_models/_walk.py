@@ -158,7 +158,7 @@ class Walk:
 
         def rebuilt(values: list[Any]) -> list[Any]:
             ordered = values if looping else _in_order(values)
-            return bind(eqn, _rebuilt(eqn, operands, ordered))
+            return _multiplied(eqn, operands, ordered)
 
         return jax.checkpoint(rebuilt, prevent_cse=not looping)(values_of(operands))
 
@@ -221,17 +221,27 @@ class Emitted:
     loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
-def _rebuilt(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Rebuilds values; an input goes through what the leaf it is multiplied with says."""
-    arrays = [dense(x) for x in values]
+def _multiplied(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Rebuilds values and binds an equation; a leaf may have a say in input and product."""
+    arrays, leaf = [dense(x) for x in values], None
     for i, x in enumerate(values):
         product = product_of(eqn, i) if packed(x) and readers(x) else ""
         if isinstance(product, Product) and not (product.lookup or origins_of(operands[1 - i])):
-            arrays[1 - i] = _as_read(arrays[1 - i], readers(x), operands[i].origins, product)
-    return arrays
+            leaf, paths, over = _reader(readers(x), operands[i].origins, product)
+            other = arrays[1 - i]
+            try:
+                arrays[1 - i] = leaf.read(other, product.row, over)
+            except ValueError as e:
+                raise ValueError(f"{paths}: {e}") from e
+            break  # the other operand is no parameter
+    found = bind(eqn, arrays)
+    return found if leaf is None else [leaf.result(found[0], other, product, over)]
 
 
-def _as_read(x: Any, leaves: list[Any], origins: Sequence[Origin], product: Product) -> Any:
+def _reader(
+    leaves: list[Any], origins: Sequence[Origin], product: Product
+) -> tuple[Any, str, tuple[str, ...]]:
+    """Returns the leaf that reads an input, its paths, and the mesh axes that divide a sample."""
     paths = ", ".join(o.path for o in origins)
     leaf, *others = leaves
     if any(_spec(leaf) != _spec(o) for o in others):
@@ -243,10 +253,7 @@ def _as_read(x: Any, leaves: list[Any], origins: Sequence[Origin], product: Prod
     for o, r in zip(origins, found, strict=True):
         if o.lost and isinstance(r, str):
             raise ValueError(f"{o.path}: its input could not be rounded, as {r}")
-    try:
-        return leaf.read(x, product.row, tuple(dict.fromkeys(over)))
-    except ValueError as e:
-        raise ValueError(f"{paths}: {e}") from e
+    return leaf, paths, tuple(dict.fromkeys(over))
 
 
 def _spec(leaf: Any) -> Any:

@@ -1,9 +1,16 @@
 """Strict by default: rank promotion raises, warnings are errors, eight CPU devices."""
 
 import os
+import sys
 
 # The first import of JAX in a process fixes these.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all of the time goes into compiling thousands of tiny programs, a third of it into making
+# them fast. CI runs the suite a second time on the newest JAX with TESTS_OPTIMIZED=1.
+if not os.environ.get("TESTS_OPTIMIZED") and "--full" not in sys.argv:
+    level = "--xla_backend_optimization_level=0"
+    if level not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {level}".strip()
 
 import jax
 import pytest

@@ -184,3 +184,10 @@ def test_verify_lists_every_problem():
     assert "x: scale" in str(caught.value)
     assert "y: scale" in str(caught.value)
     assert "z" not in str(caught.value).replace("zero", "")
+
+
+def test_random_keys_are_counted_by_their_data():
+    params = {"w": jnp.ones((4, 2)), "key": jax.random.key(0)}
+    rows = {r["path"]: r for r in jom.plan(params, [jom.Rule("w", jom.quant.Int(bits=8))])}
+    assert rows["key"]["bits"] == 64
+    assert rows["key"]["note"].startswith("not a parameter")

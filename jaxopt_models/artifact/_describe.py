@@ -24,15 +24,27 @@ from .._axes import Matrix
 from .._encoded import Encoded, Masked
 from ..codebook._clustered import Clustered
 from ..quant._quantized import Quantized
+from ..quant._rotated import Rotated
+from ..quant._scaled import SCALES, Scaled
+from ..quant._tables import known_table, table_of
+from ..quant._tabulated import Tabulated
 from ..quant._with_input import WithInput
+from ..quant._with_learned import WithLearnedInput
+from ..quant._xnor import WithSign
 from ._errors import ArtifactError, brief
 from ._masks import MaskLayout
 from ._symbols import Coder
 
 ARRAY, KEYS, MASK, CODES = 0, 1, 2, 3
 BUILT_IN: dict[str, type[Encoded]] = {
-    c.__name__: c for c in (Masked, Quantized, Clustered, WithInput)
+    c.__name__: c
+    for c in (
+        *(Masked, Quantized, Clustered, Tabulated, Scaled, Rotated),
+        *(WithInput, WithLearnedInput, WithSign),
+    )
 }
+#: Leaves whose ``values`` are written under a mask: their own, or one around them.
+UNDER_MASK = (Masked, Scaled)
 
 _MINI = {n for n in dir(ml_dtypes) if n.startswith(("float4", "float6", "float8"))}
 _FLOATS = {"float16", "float32", "float64", "bfloat16"} | _MINI
@@ -97,6 +109,19 @@ def to_tuple(value: Any) -> Any:
     return tuple(map(to_tuple, value)) if isinstance(value, list) else value
 
 
+def statics_of(cls: type[Encoded], values: list[Any]) -> dict[str, Any]:
+    """Returns the static fields by name; those at the end that are at their default are left out.
+
+    So a class may get fields with defaults, and files written before stay readable.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    missing = cls.static_names[len(values) :]
+    known = len(values) <= len(cls.static_names)
+    _need(known and all(defaults[n] is not dataclasses.MISSING for n in missing), values)
+    given = zip(cls.static_names, map(to_tuple, values), strict=False)
+    return dict(given) | {n: defaults[n] for n in missing}
+
+
 def check(d: Any, types: Mapping[str, type[Encoded]]) -> Described:
     """Checks the description of a section and says what it holds.
 
@@ -124,7 +149,7 @@ def check(d: Any, types: Mapping[str, type[Encoded]]) -> Described:
 def _check(d: Any, types: Mapping[str, type[Encoded]], *, masked: bool, depth: int) -> Described:
     _need(type(d) is list and len(d) >= 3 and depth < _DEPTH, d)
     if type(d[0]) is str:
-        return _check_leaf(d, types, depth)
+        return _check_leaf(d, types, masked, depth)
     _need(type(d[0]) is int and type(d[1]) is str, d)
     if d[0] == KEYS:
         _need(len(d) == 3 and d[2][:2] == [ARRAY, "uint32"], d)
@@ -144,7 +169,7 @@ def _check(d: Any, types: Mapping[str, type[Encoded]], *, masked: bool, depth: i
     return Described("dense", shape, d[1], (Piece("dense", d[3], size),), entries)
 
 
-def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], depth: int) -> Described:
+def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], masked: bool, depth: int) -> Described:
     name, statics, parts, *shape = d
     if name not in types:
         raise ArtifactError(
@@ -153,9 +178,9 @@ def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], depth: int) -> Descr
         )
     cls = types[name]
     _need(len(shape) == (name not in BUILT_IN), d)
-    _need(type(statics) is list and len(statics) == len(cls.static_names), d)
+    _need(type(statics) is list, d)
     _need(type(parts) is list and len(parts) == len(cls.part_names), d)
-    fields = dict(zip(cls.static_names, map(to_tuple, statics), strict=True))
+    fields = statics_of(cls, statics)
     core = _shape(list(fields["core"]))
     if "codes" in cls.coded.values():
         _need(type(fields["bits"]) is int and 1 <= fields["bits"] <= 8, d)
@@ -166,8 +191,9 @@ def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], depth: int) -> Descr
         if part is None:
             continue
         if how is None:
-            masked = issubclass(cls, Masked) and field == "values"
-            below[field] = _check(part, types, masked=masked, depth=depth + 1)
+            inside = issubclass(cls, UNDER_MASK) and field == "values"
+            under = inside and (masked or issubclass(cls, Masked))
+            below[field] = _check(part, types, masked=under, depth=depth + 1)
             if type(part[0]) is str:
                 kind = f"{kind}({below[field].kind})"
         else:
@@ -183,10 +209,10 @@ def _check_leaf(d: Any, types: Mapping[str, type[Encoded]], depth: int) -> Descr
         )
     if shape:
         return Described(kind, _shape(shape[0]), "", tuple(pieces), entries)
-    fits = {Masked: _masked_fits, WithInput: _input_fits}.get(cls, _codes_fit)
+    fits = _FITS.get(cls, _codes_fit)
     _need(fits(cls, fields, below), d)
     whole = below[cls.part_names[0]].shape
-    dtype = below["values"].dtype if "values" in below else fields["dtype_name"]
+    dtype = fields["dtype_name"] if "dtype_name" in fields else below["values"].dtype
     return Described(kind, whole, dtype, tuple(pieces), entries)
 
 
@@ -206,31 +232,89 @@ def _input_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described]) 
     has = {"values"}
     if fields["per"] == "static":
         has |= {"scale"} if fields["symmetric"] else {"scale", "zero_point"}
+    return options and set(parts) == has and _stacked(fields, parts)
+
+
+def _learned_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    """Checks what `WithLearnedInput` asks of its parts."""
+    if "values" not in parts or parts["values"].dtype not in _FLOATS:
+        return False
+    widths = [fields["bits"], 1 if fields["gradient_bits"] is None else fields["gradient_bits"]]
+    options = all(type(n) is int and 1 <= n <= 8 for n in widths)
+    options = options and fields["rule"] in ("step", "clip") and type(fields["signed"]) is bool
+    needs_scale = fields["rule"] == "step" and "scale" not in parts
+    return options and not needs_scale and _stacked(fields, parts)
+
+
+def _sign_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    """Checks what `WithSign` asks of its parts."""
+    fits = "values" in parts and parts["values"].dtype in _FLOATS
+    return fits and type(fields["scaled"]) is bool and _stacked(fields, parts)
+
+
+def _stacked(fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    """Says whether there is one number of each other part for each stacked tensor of values."""
     core, shape = fields["core"], parts["values"].shape
     stack = shape[: len(shape) - len(core)]
-    grids = [parts[k] for k in parts if k != "values"]
-    fits = all(g.kind == "dense" and g.shape == stack and g.dtype in _FLOATS for g in grids)
-    return options and set(parts) == has and fits and shape[len(stack) :] == core
+    kinds = {k: "keys" if k == "key" else "dense" for k in parts}
+    others = {k: part for k, part in parts.items() if k != "values"}
+    fits = all(p.kind == kinds[k] and p.shape == stack for k, p in others.items())
+    floats = all(p.dtype in _FLOATS for k, p in others.items() if k != "key")
+    return fits and floats and shape[len(stack) :] == core
+
+
+def _around_fits(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
+    """Checks what `Scaled` and `Rotated` ask of their parts."""
+    core, name = fields["core"], "scale" if cls is Scaled else "signs"
+    if set(parts) != {"values", name} or parts["values"].dtype not in _FLOATS:
+        return False
+    if not _are_axes(fields["out"], core) or fields["dtype_name"] not in _FLOATS:
+        return False
+    rows, shape = Matrix(core, fields["out"]).rows, parts["values"].shape
+    stack, part = shape[: len(shape) - len(core)], parts[name]
+    last, types = (rows, SCALES) if cls is Scaled else (-(-rows // 8), ("uint8",))
+    fits = part.kind == "dense" and part.dtype in types and part.shape == (*stack, last)
+    return fits and shape[len(stack) :] == core
+
+
+_FITS = {
+    Masked: _masked_fits,
+    WithInput: _input_fits,
+    WithLearnedInput: _learned_fits,
+    WithSign: _sign_fits,
+    **dict.fromkeys((Scaled, Rotated), _around_fits),
+}
+
+
+def _are_axes(out: Any, core: tuple[int, ...]) -> bool:
+    fits = type(out) is tuple and all(type(a) is int and 0 <= a < len(core) for a in out)
+    return fits and len(set(out)) == len(out)
 
 
 def _codes_fit(cls: type, fields: dict[str, Any], parts: dict[str, Described]) -> bool:
-    """Checks what `Quantized` and `Clustered` ask of their parts."""
-    core, out = fields["core"], fields["out"]
-    axes = type(out) is tuple and all(type(a) is int and 0 <= a < len(core) for a in out)
-    if not axes or len(set(out)) != len(out) or fields["dtype_name"] not in _FLOATS:
+    """Checks what `Quantized`, `Tabulated` and `Clustered` ask of their parts."""
+    core, out, block = fields["core"], fields["out"], fields.get("block", 1)
+    if not _are_axes(out, core) or fields["dtype_name"] not in _FLOATS:
         return False
-    table = parts.get("scale" if cls is Quantized else "codebook")
+    table = parts.get("codebook" if cls is Clustered else "scale")
     if "codes" not in parts or table is None:
         return False
     m, shape = Matrix(core, out), parts["codes"].shape
     *ahead, last = table.shape
-    fits = table.kind == "dense" and table.dtype in _FLOATS and last > 0
-    fits = fits and tuple(ahead) == (*shape[: len(shape) - len(core)], *m.out_shape)
+    fits = table.kind != "keys" and table.dtype in _FLOATS and last > 0
+    if block != 1:
+        fits = fits and type(block) is int and block > 0 and m.out_shape[-1] % block == 0
+    outputs = (*m.out_shape[:-1], m.out_shape[-1] // block) if block != 1 else m.out_shape
+    fits = fits and tuple(ahead) == (*shape[: len(shape) - len(core)], *outputs)
     if cls is Clustered:
-        return fits
-    zero = parts.get("zero_point")
+        return fits and table.kind == "dense"
     fits = fits and m.rows % last == 0
-    return fits and (zero is None or (zero.shape == table.shape and zero.dtype in _INTEGERS))
+    if cls is Tabulated:
+        name, bits = fields["table"], fields["bits"]
+        return fits and known_table(name) and len(table_of(name).values) <= 1 << bits
+    zero = parts.get("zero_point")
+    numbers = _INTEGERS | {"float16"}
+    return fits and (zero is None or (zero.shape == table.shape and zero.dtype in numbers))
 
 
 def _coded(part: str, numbers: Any, names: Any) -> tuple[Piece, Piece]:

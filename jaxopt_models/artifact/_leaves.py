@@ -6,6 +6,7 @@ are. Under a mask only kept codes and values are written.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._encoded import Encoded, Masked, is_encoded
-from ._describe import ARRAY, BUILT_IN, CODES, KEYS, MASK, RAW, SMALL, class_name, to_tuple
+from .._encoded import Encoded, is_encoded
+from .._latent import Latent
+from ._describe import (
+    ARRAY,
+    BUILT_IN,
+    CODES,
+    KEYS,
+    MASK,
+    RAW,
+    SMALL,
+    UNDER_MASK,
+    class_name,
+    statics_of,
+)
 from ._errors import ArtifactError
 from ._masks import decode_mask, encode_mask
 from ._packing import pack_codes, pack_mask, to_jax, unpack_codes, unpack_mask
@@ -44,7 +57,12 @@ class SectionWriter:
         if not is_encoded(x):
             return self.array(x, keep, dense=dense)
         cls = type(x)
-        statics = [_plain_static(getattr(x, n)) for n in cls.static_names]
+        if isinstance(x, Latent):
+            raise TypeError(
+                f"it is in training for {x.encoder}; a file holds what compress(tree, recipe) "
+                "makes of it, a checkpoint of orbax the tree as it is"
+            )
+        statics = [_plain_static(v) for v in _statics(x)]
         outer = keep
         parts: list[Any] = []
         for name in cls.part_names:
@@ -61,7 +79,7 @@ class SectionWriter:
                 parts.append(self._mask(keep, x))
             elif how == "codes":
                 parts.append(self._codes(part, x, outer))
-            elif isinstance(x, Masked) and name == "values":
+            elif isinstance(x, UNDER_MASK) and name == "values":
                 parts.append(self.leaf(part, keep, dense=self.dense))
             else:
                 parts.append(self.leaf(part))
@@ -158,7 +176,7 @@ class SectionReader:
     def _encoded(self, d: Any, outer: np.ndarray | None) -> Encoded:
         name, statics, parts, *_ = d
         cls = self.types[name]
-        fields = dict(zip(cls.static_names, map(to_tuple, statics), strict=True))
+        fields = statics_of(cls, statics)
         keep = outer
         values: dict[str, Any] = {}
         for field, part in zip(cls.part_names, parts, strict=True):
@@ -176,7 +194,7 @@ class SectionReader:
                 signed = cls(**blank, **fields).signed
                 values[field] = self._codes(field, part, fields, signed, outer)
             else:
-                under = issubclass(cls, Masked) and field == "values"
+                under = issubclass(cls, UNDER_MASK) and field == "values"
                 values[field] = self.leaf(part, keep if under else None)
         return cls(**values, **fields)
 
@@ -228,6 +246,15 @@ def _spread(flat: np.ndarray, keep: np.ndarray | None, shape: Any) -> np.ndarray
     out = np.zeros(shape, flat.dtype)
     out[keep] = flat
     return out
+
+
+def _statics(x: Encoded) -> list[Any]:
+    """The static fields, without those at the end that are at their default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(x)}  # type: ignore[arg-type]
+    values = [(getattr(x, n), defaults[n]) for n in type(x).static_names]
+    while values and values[-1][0] == values[-1][1]:
+        values.pop()
+    return [v for v, _ in values]
 
 
 def _plain_static(value: Any) -> Any:

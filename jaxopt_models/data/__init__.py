@@ -1,7 +1,7 @@
-"""Real images for tests, notebooks and benchmarks, and their batches; needs NumPy only.
+"""Real images and texts for tests, notebooks and benchmarks; needs NumPy only.
 
-`fashion_mnist_small()` comes with the package. `mnist()` and `fashion_mnist()` read the full
-sets from where a package manager put them. Nothing is ever downloaded.
+`fashion_mnist_small()` comes with the package. `mnist()`, `fashion_mnist()` and `vader()` read
+the full sets from where a package manager put them. Nothing is ever downloaded.
 """
 
 from ._idx import read_idx as read_idx
@@ -14,3 +14,7 @@ from ._images import shuffled as shuffled
 from ._sets import fashion_mnist as fashion_mnist
 from ._sets import mnist as mnist
 from ._small import fashion_mnist_small as fashion_mnist_small
+from ._text import Sentences as Sentences
+from ._text import Texts as Texts
+from ._text import TextSplit as TextSplit
+from ._text import vader as vader

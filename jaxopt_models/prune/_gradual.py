@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from .._axes import Axes
+from .._chain import Chain
 from .._encoded import is_encoded
-from .._encoder import Chain, Encoder
+from .._encoder import Encoder
 from .._options import pattern, portion, whole
 from .._partition import check_trainable
 from .._paths import Parameter, flatten

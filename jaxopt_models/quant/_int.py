@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._axes import Axes, Matrix, divisors
-from .._bits import pack_codes, wide_dtype
-from .._encoder import Encoder
+from .._axes import Matrix
+from .._bits import pack_codes
 from .._options import whole
+from ._format import Format
+from ._grid import Grid, divide, positive, truncate
 from ._quantized import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
-class Int(Encoder):
+class Int(Format):
     r"""Rounds a tensor to integers on a uniform grid, a grid for each channel or group.
 
     Symmetric: the smallest grid around zero that covers the largest magnitude,
@@ -30,19 +31,23 @@ class Int(Encoder):
               \quad q = \mathrm{round}(w / s) + z,
 
     with `s` cut to 16 significant bits, which makes every product exact in `float32`.
-    Encoding again changes nothing, except for asymmetric grids of 16-bit tensors, whose
-    rounded values no longer span the range they were cut from.
+    Encoding again changes nothing, except for asymmetric grids of 16-bit tensors or with
+    rounded scales, whose values no longer span the range they were cut from, and with observers
+    that clip.
 
     Args:
       bits: width of a code, 2 to 8.
-      group: number of consecutive inputs that share a scale; ``None`` for all.
       symmetric: signed codes without zero point, or unsigned ones with.
       per: ``"channel"``, scales for each output; ``"tensor"``, one for everything.
+      group: number of consecutive inputs that share a scale; ``None`` for all.
+      block: number of consecutive outputs, along the last output axis, that share a scale.
+      scale: how scales are kept; see :class:`Format`.
+      observer: how the range of a grid is chosen; by default all of it.
 
     Raises:
-      TypeError: for options that are no whole numbers.
-      ValueError: for a width outside 2 to 8, a group with ``per="tensor"``, or, when
-        called, a group that does not divide the inputs.
+      TypeError: for options of another type.
+      ValueError: for a width outside 2 to 8, a group or block with ``per="tensor"``, or, when
+        called, a group or block that does not divide the tensor.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,85 +67,65 @@ class Int(Encoder):
 
     bits: int
     _: dataclasses.KW_ONLY
-    group: int | None = None
     symmetric: bool = True
-    per: Literal["channel", "tensor"] = "channel"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", whole(self.bits, "Int: bits"))
-        if self.group is not None:
-            object.__setattr__(self, "group", whole(self.group, "Int: group"))
+        name = type(self).__name__
+        object.__setattr__(self, "bits", whole(self.bits, f"{name}: bits"))
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"Int: bits={self.bits!r} is not a width of 2 to 8")
-        if self.per not in ("channel", "tensor"):
-            raise ValueError(f"Int: per={self.per!r} is neither 'channel' nor 'tensor'")
-        if self.group is not None and (self.group < 1 or self.per == "tensor"):
-            raise ValueError(f"Int: group={self.group} needs to be positive and per='channel'")
+            raise ValueError(f"{name}: bits={self.bits!r} is not a width of 2 to 8")
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"{name}: symmetric={self.symmetric!r} is neither True nor False")
+        super().__post_init__()
 
-    def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Quantized:
-        """Encodes one core tensor; see :class:`Int`."""
-        out = axes.out if self.per == "channel" else ()
-        m = Matrix(tuple(w.shape), out)
-        group = self.group or m.rows
-        if m.rows % group:
-            raise ValueError(
-                f"group={group} does not divide the {m.rows} inputs of shape "
-                f"{tuple(w.shape)} (out axes {out}); groups that do: {divisors(m.rows)}"
-            )
-        wide = wide_dtype(w.dtype)
-        x = m.view(w.astype(wide)).reshape(m.rows // group, group, m.columns)
-        codes, scale, zero = _symmetric(x, self.bits) if self.symmetric else _affine(x, self.bits)
-        codes = jnp.atleast_1d(m.unview(codes.reshape(m.rows, m.columns)))
-        place = (*m.out_shape, m.rows // group)
+    @property
+    def magnitudes(self) -> int:
+        """Number of magnitudes of the codes."""
+        return 2 ** (self.bits - 1)
+
+    def grid(self, low: jax.Array, high: jax.Array) -> Grid:
+        """Returns the grid that spans ranges; see :class:`Int`."""
+        if self.symmetric:
+            top = 2 ** (self.bits - 1) - 1
+            return Grid(self.kept_scale(divide(jnp.maximum(-low, high), top)))
+        top = 2**self.bits - 1
+        half = jnp.array(0.5, low.dtype)
+        # Halved first, as the range of finite numbers may be beyond them.
+        span = lax.optimization_barrier((high * half, low * half))
+        scale = self.kept_scale(truncate(positive(2 * divide(span[0] - span[1], top))))
+        # Halves go towards the zero point for codes and away from it for the zero point, so
+        # that the lowest value has code 0 and the highest code 2^b - 1: encoding is idempotent.
+        return Grid(scale, jnp.clip(-jnp.ceil(low / scale - half), 0, top))
+
+    def codes(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """Returns the nearest codes; see :class:`Int`."""
+        if self.symmetric:
+            top = 2 ** (self.bits - 1) - 1
+            return jnp.clip(jnp.round(x / grid.scale), -top, top).astype(jnp.int32)
+        nearest = jnp.ceil(x / grid.scale - jnp.array(0.5, x.dtype) + grid.zero)
+        return jnp.clip(nearest, 0, 2**self.bits - 1).astype(jnp.int32)
+
+    def values(self, codes: jax.Array, grid: Grid) -> jax.Array:
+        """Returns what codes mean."""
+        q = codes.astype(grid.scale.dtype)
+        return (q if grid.zero is None else q - grid.zero) * grid.scale
+
+    def pack(self, codes: jax.Array, grid: Grid, m: Matrix, dtype: Any) -> Quantized:
+        """Returns the leaf of codes; zero points that are no integers are kept in `float16`."""
+        zero = grid.zero
+        if zero is not None:
+            zero = self.pack_zero(zero, m)
         return Quantized(
-            pack_codes(codes, bits=self.bits, signed=self.symmetric),
-            scale.T.reshape(place),
-            None if zero is None else zero.astype(jnp.uint8).T.reshape(place),
-            core=tuple(w.shape),
-            out=out,
+            pack_codes(jnp.atleast_1d(m.unview(codes)), bits=self.bits, signed=self.symmetric),
+            self.pack_scale(grid.scale, m),
+            zero,
+            core=m.core,
+            out=m.out,
             bits=self.bits,
-            dtype_name=str(w.dtype),
+            dtype_name=str(jnp.dtype(dtype)),
+            block=self.block,
         )
 
-
-def divide(x: jax.Array, n: int) -> jax.Array:
-    """Divides by a constant as IEEE does."""
-    # XLA turns a division by a constant into a product with its rounded reciprocal, which
-    # is neither what NumPy gives nor idempotent; a divisor that depends on data is exact.
-    return x / jnp.where(x < jnp.inf, jnp.array(n, x.dtype), jnp.ones((), x.dtype))
-
-
-def positive(scale: jax.Array) -> jax.Array:
-    """Returns a scale that can be divided by."""
-    # An all-zero or denormal group, flushed to zero by XLA, gets the scale one and codes zero.
-    return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, jnp.ones((), scale.dtype))
-
-
-def _symmetric(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, None]:
-    top = 2 ** (bits - 1) - 1
-    scale = positive(divide(jnp.max(jnp.abs(x), axis=1), top))
-    codes = jnp.round(x / scale[:, None, :])
-    return jnp.clip(codes, -top, top).astype(jnp.int32), scale, None
-
-
-def _affine(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    top = 2**bits - 1
-    zero = jnp.zeros((), x.dtype)
-    low = jnp.minimum(jnp.min(x, axis=1), zero)
-    high = jnp.maximum(jnp.max(x, axis=1), zero)
-    half = jnp.array(0.5, x.dtype)
-    # Halved first, as the range of finite numbers may be beyond them.
-    span = lax.optimization_barrier((high * half, low * half))
-    scale = _truncate(positive(2 * divide(span[0] - span[1], top)))
-    # Halves go towards the zero point for codes and away from it for the zero point, so
-    # that the lowest value has code 0 and the highest code 2^b - 1: encoding is idempotent.
-    point = jnp.clip(-jnp.ceil(low / scale - half), 0, top)
-    codes = jnp.ceil(x / scale[:, None, :] - half) + point[:, None, :]
-    return jnp.clip(codes, 0, top).astype(jnp.int32), scale, point.astype(jnp.int32)
-
-
-def _truncate(scale: jax.Array) -> jax.Array:
-    if scale.dtype != jnp.float32:  # float64 products of 8-bit codes need no cut
-        return scale
-    bits = jax.lax.bitcast_convert_type(scale, jnp.uint32) & jnp.uint32(0xFFFFFF00)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    def pack_zero(self, zero: jax.Array, m: Matrix) -> jax.Array:
+        """Returns zero points `[groups, columns]` as a leaf keeps them: `uint8`."""
+        return self.place(zero, m).astype(jnp.uint8)

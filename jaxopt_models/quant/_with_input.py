@@ -15,36 +15,21 @@ from .._encoded import Encoded, is_encoded, leaf, static
 from .._encoder import Encoder, check_keep, check_tensor, masked
 from .._jaxpr import varying
 from .._options import whole
-from ._int import divide, positive
+from .._statistics import Bins
+from ._grid import divide, positive
+from ._observers import MinMax, Observer
 
 
-@leaf
-class WithInput(Encoded):
-    """A parameter, dense or compressed, and the integers its input is rounded to.
+class Reader(Encoded):
+    """A parameter, dense or compressed, that says what becomes of the input it is multiplied with.
 
-    :meth:`materialize` sees the values only. The input is rounded where the parameter is
-    multiplied with one, in :func:`jaxopt_models.accelerate` and
-    :func:`jaxopt_models.simulate`; see :class:`Input`.
-
-    Args:
-      values: array `[*stack, *core]`, or a leaf of that shape.
-      scale: `float32` `[*stack]`; ``None`` where each input has its own.
-      zero_point: `float32` `[*stack]`; ``None`` if symmetric or ``scale`` is ``None``.
-      core: shape of the core tensor.
-      bits: width of an input.
-      per: see :class:`Input`.
-      symmetric: see :class:`Input`.
+    A subclass has the fields ``values``, array or leaf `[*stack, *core]`, and ``core``; each other
+    part is an array `[*stack]`. :meth:`materialize` sees the values only.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("values",)
     around: ClassVar[bool] = True
     values: Any
-    scale: jax.Array | None
-    zero_point: jax.Array | None
-    core: tuple[int, ...] = static()
-    bits: int = static()
-    per: str = static()
-    symmetric: bool = static()
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -61,11 +46,46 @@ class WithInput(Encoded):
         return self.values.materialize() if is_encoded(self.values) else self.values
 
     def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
-        """Divides the values as the tensor, and the grid with the stack."""
+        """Divides the values as the tensor, and all else with the stack."""
         values = self.values.specs(spec, local) if is_encoded(self.values) else spec
         grid = PartitionSpec(*[*spec][: len(self.stack)])
         rest = {k: grid for k in self.parts() if k != "values"}
         return None if values is None else dataclasses.replace(self, values=values, **rest)
+
+    def check(self) -> list[str]:
+        """Checks the values, and the shapes of the other parts."""
+        wrong = self.values.check() if is_encoded(self.values) else []
+        for name, part in self.parts().items():
+            if name != "values" and tuple(part.shape) != self.stack:
+                wrong.append(f"{name} has shape {tuple(part.shape)}, not {self.stack}")
+        return wrong
+
+
+@leaf
+class WithInput(Reader):
+    """A parameter, dense or compressed, and the integers its input is rounded to.
+
+    :meth:`materialize` sees the values only. The input is rounded where the parameter is
+    multiplied with one, in :func:`jaxopt_models.accelerate` and
+    :func:`jaxopt_models.simulate`; see :class:`Input`.
+
+    Args:
+      values: array `[*stack, *core]`, or a leaf of that shape.
+      scale: `float32` `[*stack]`; ``None`` where each input has its own.
+      zero_point: `float32` `[*stack]`; ``None`` if symmetric or ``scale`` is ``None``.
+      core: shape of the core tensor.
+      bits: width of an input.
+      per: see :class:`Input`.
+      symmetric: see :class:`Input`.
+    """
+
+    values: Any
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+    core: tuple[int, ...] = static()
+    bits: int = static()
+    per: str = static()
+    symmetric: bool = static()
 
     def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...]) -> jax.Array:
         """Rounds an input to the grid."""
@@ -88,15 +108,6 @@ class WithInput(Encoded):
             )
         return _round(wide, scale, zero, self.bits, self.symmetric).astype(x.dtype)
 
-    def check(self) -> list[str]:
-        """Checks the values, and the shapes of a static grid."""
-        wrong = self.values.check() if is_encoded(self.values) else []
-        for name in ("scale", "zero_point"):
-            part = getattr(self, name)
-            if part is not None and tuple(part.shape) != self.stack:
-                wrong.append(f"{name} has shape {tuple(part.shape)}, not {self.stack}")
-        return wrong
-
 
 @dataclasses.dataclass(frozen=True)
 class Input(Encoder):
@@ -114,9 +125,10 @@ class Input(Encoder):
         ``"tensor"``, the whole input (under `vmap` that of each element), both chosen anew for
         every input; ``"static"``, all inputs, chosen from the statistics of calibration.
       symmetric: a grid around zero, or one between the least and the greatest input.
+      observer: how a static range is chosen; by default all of it.
 
     Raises:
-      TypeError: if ``bits`` is no whole number.
+      TypeError: for options of another type.
       ValueError: for a width outside 2 to 8, another ``per``, or, when called, a static grid
         without statistics.
 
@@ -132,13 +144,17 @@ class Input(Encoder):
       Integer-Arithmetic-Only Inference <https://arxiv.org/abs/1712.05877>`_, 2018
     """
 
+    around: ClassVar[bool] = True
     bits: int
     _: dataclasses.KW_ONLY
     per: Literal["row", "tensor", "static"] = "row"
     symmetric: bool = True
+    observer: Observer = MinMax()  # noqa: RUF009 (a frozen value)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", whole(self.bits, "Input: bits"))
+        if not isinstance(self.observer, Observer):
+            raise TypeError(f"Input: observer={self.observer!r} is no observer such as MSE()")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"Input: bits={self.bits!r} is not a width of 2 to 8")
         if self.per not in ("row", "tensor", "static"):
@@ -149,7 +165,7 @@ class Input(Encoder):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """The range of the input, where it is fixed."""
-        return ("minmax",) if self.per == "static" else ()
+        return (self.observer.watches,) if self.per == "static" else ()
 
     def __call__(
         self,
@@ -161,30 +177,68 @@ class Input(Encoder):
         key: Any = None,
     ) -> WithInput:
         """Puts the grid around ``w``; see :class:`Input`."""
-        if is_encoded(w):
-            if keep is not None:
-                raise ValueError("Input keeps the values as they are; give keep= to their encoder")
-            values = w.values if isinstance(w, WithInput) else w
-            stack = len(w.stack)
-            if axes is not None and axes.stack != stack:
-                raise ValueError(f"axes say stack={axes.stack}, the leaf has stack axes {w.stack}")
-        else:
-            check_tensor(w)
-            values, stack = jnp.asarray(w), (axes or Axes()).resolve(jnp.ndim(w)).stack
-            if keep is not None:
-                check_keep(keep, w.shape)
-                values = masked(keep, jnp.where(keep, values, jnp.zeros((), w.dtype)), stack)
+        if stats is None and self._made(w):
+            return w
+        values, stack = inside(w, axes, keep, str(self))
         scale = zero = None
         if self.per == "static":
-            if stats is None or "minmax" not in stats.names:
-                raise ValueError(f"{self} needs the statistics ['minmax']; calibrate first")
-            seen = tuple(range(stack, stats.minmax.min.ndim))
-            low, high = jnp.min(stats.minmax.min, axis=seen), jnp.max(stats.minmax.max, axis=seen)
-            hit = low <= high  # Otherwise the layer saw no input; any grid will do.
-            low, high = jnp.where(hit, low, 0), jnp.where(hit, high, 0)
-            scale, zero = grid(jnp.minimum(low, 0), jnp.maximum(high, 0), self.bits, self.symmetric)
+            scale, zero = grid(*self.bounds(stats, stack), self.bits, self.symmetric)
         core = tuple(values.shape[stack:])
         return WithInput(values, scale, zero, core, self.bits, self.per, self.symmetric)
+
+    def _made(self, w: Any) -> bool:
+        """Says whether a leaf has this grid around it."""
+        mine = (self.bits, self.per, self.symmetric)
+        return isinstance(w, WithInput) and (w.bits, w.per, w.symmetric) == mine
+
+    def missing(self, w: Any, stats: Any) -> list[str]:
+        """Returns the statistics that are needed and not there."""
+        return [] if stats is None and self._made(w) else super().missing(None, stats)
+
+    def bounds(self, stats: Any, stack: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the range of a static grid for each stacked tensor, zero in it."""
+        watched = self.observer.watches
+        if stats is None or watched not in stats.names:
+            raise ValueError(f"{self} needs the statistics {[watched]}; calibrate first")
+        low, high = self._range(getattr(stats, watched), stack)
+        hit = low <= high  # Otherwise the layer saw no input; any grid will do.
+        low, high = jnp.where(hit, low, 0), jnp.where(hit, high, 0)
+        return jnp.minimum(low, 0), jnp.maximum(high, 0)
+
+    def _range(self, seen: Any, stack: int) -> tuple[jax.Array, jax.Array]:
+        """Chooses a range for each stacked tensor; grouped inputs share one."""
+        if isinstance(seen, Bins):
+            seen = seen.pooled(tuple(range(stack, seen.exponent.ndim)))
+
+        def rounding(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+            scale, zero = grid(low, high, self.bits, self.symmetric)
+            return _round(x, scale, zero, self.bits, self.symmetric)
+
+        levels = 2 ** (self.bits - self.symmetric)
+
+        def one(seen: Any) -> tuple[jax.Array, jax.Array]:
+            return self.observer.of_input(seen, rounding, levels)
+
+        for _ in range(stack):
+            one = jax.vmap(one)
+        return jax.jit(one)(seen)
+
+
+def inside(w: Any, axes: Axes | None, keep: Any, who: str) -> tuple[Any, int]:
+    """Returns the values that something is put around, and the number of their stack axes."""
+    if is_encoded(w):
+        if keep is not None:
+            raise ValueError(f"{who} keeps the values as they are; give keep= to their encoder")
+        stack = len(w.stack)
+        if axes is not None and axes.stack != stack:
+            raise ValueError(f"axes say stack={axes.stack}, the leaf has stack axes {w.stack}")
+        return w.values if isinstance(w, Reader) else w, stack
+    check_tensor(w)
+    values, stack = jnp.asarray(w), (axes or Axes()).resolve(jnp.ndim(w)).stack
+    if keep is not None:
+        check_keep(keep, w.shape)
+        values = masked(keep, jnp.where(keep, values, jnp.zeros((), w.dtype)), stack)
+    return values, stack
 
 
 def grid(low: Any, high: Any, bits: int, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:

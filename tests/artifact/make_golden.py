@@ -4,6 +4,7 @@ They are never written again: a change of the format is a new version with files
 The values come from integer formulas, so that no generator of random numbers is frozen too.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -135,7 +136,10 @@ def describe(x):
     if is_encoded(x):
         cls = type(x)
         parts = {name: describe(getattr(x, name)) for name in cls.part_names}
-        return [cls.__name__, {n: repr(getattr(x, n)) for n in cls.static_names}, parts]
+        # Fields that a class was given later have a default and are in no file of version 1.
+        late = {f.name for f in dataclasses.fields(x) if f.default is not dataclasses.MISSING}
+        statics = {n: repr(getattr(x, n)) for n in cls.static_names if n not in late}
+        return [cls.__name__, statics, parts]
     if isinstance(x, dict):
         return ["dict", [[repr(k), describe(x[k])] for k in sorted(x)]]
     if type(x) in (list, tuple):

@@ -1,0 +1,75 @@
+"""LeNet-300-100 on Fashion-MNIST, trained once for all rows that start from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxopt_models as jom
+from jaxopt_models import data, models
+from jaxopt_models._demo import error_of, objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network and its images.
+
+    Args:
+      model: the linen module.
+      params: its parameters.
+      images: the images; the last 10,000 training images are for choosing.
+      error: from parameters to the share of wrong test images.
+    """
+
+    model: Any
+    params: Any
+    images: data.Images
+    error: Any
+
+    def apply(self, params: Any, x: jax.Array) -> jax.Array:
+        """Returns the logits."""
+        return self.model.apply({"params": params}, x)
+
+    def accuracy(self, params: Any) -> float:
+        """Returns the share of right test images in %."""
+        return 100 * (1 - self.error(params))
+
+    def calibration(self, n: int = 1024, size: int = 256) -> list[tuple[jax.Array]]:
+        """Returns batches of training images."""
+        x = self.images.train_images[:n]
+        return [(jnp.asarray(x[i : i + size]),) for i in range(0, n, size)]
+
+
+@functools.cache
+def lenet(seed: int, *, epochs: int = 20, quick: bool = False) -> Trained:
+    """Trains LeNet-300-100 with Adam; ``quick`` on the bundled images for three epochs."""
+    images = data.fashion_mnist_small() if quick else data.fashion_mnist()
+    model = models.LeNet300()
+    order = data.shuffled(images.train_images, images.train_labels, size=100, seed=seed)
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28)))["params"]
+    steps = jom.Steps(train=(3 if quick else epochs) * order.steps_per_epoch)
+    out = jom.deep_compression(
+        params, objective(model), order, recipe=[], steps=steps, progress=False
+    )
+    return Trained(model, out.params, images, error_of(model, images))
+
+
+def output_errors(trained: Trained, small: Any, n: int = 1024) -> dict[str, float]:
+    """Returns the relative mean squared error of the product of each kernel on fresh inputs."""
+    x = jnp.asarray(trained.images.train_images[-n:])
+    names = [f"{layer}/kernel" for layer in trained.params]
+    found = {}
+    stats = jom.calibrate(trained.apply, trained.params, [(x,)], ["gram"])
+    dense = trained.params
+    for name in names:
+        layer, _ = name.split("/")
+        w = np.asarray(dense[layer]["kernel"], np.float64)
+        d = w - np.asarray(jom.materialize(small)[layer]["kernel"], np.float64)
+        gram = np.asarray(stats[name].gram, np.float64)
+        found[name] = float(np.sum(d * (gram @ d)) / np.sum(w * (gram @ w)))
+    return found

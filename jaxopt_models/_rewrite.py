@@ -1,0 +1,103 @@
+"""What rewrites of parameters share: a traced call, its parameters by path, and a check."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._call import Program, check_function, name_of, take_apart, trace
+from ._encoded import is_encoded
+from ._graph import Graph
+from ._paths import flatten
+from ._walk import Walk
+
+#: How far a rewrite may change what is returned, relative to its norm.
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function with its parameters, as operations.
+
+    Args:
+      fn: the function.
+      program: its program for these arguments.
+      graph: the operations.
+      values: every array of the parameters, by path.
+      rebuild: from values by path to the tree.
+    """
+
+    fn: Callable[..., Any]
+    program: Program
+    graph: Graph
+    values: dict[str, Any]
+    rebuild: Callable[[dict[str, Any]], Any]
+
+    @functools.cached_property
+    def run(self) -> Callable[..., list[jax.Array]]:
+        """The program as a function of values by path, compiled."""
+        paths, arguments = list(self.values), self.program.operands[len(self.values) :]
+
+        def run(values: dict[str, Any], arguments: list[Any]) -> list[Any]:
+            operands = [*(values[p] for p in paths), *arguments]
+            return Walk().run(self.program.jaxpr, self.program.consts, operands)
+
+        compiled = jax.jit(run)
+        return lambda values: compiled(values, arguments)
+
+
+def traced(fn: Callable[..., Any], params: Any, args: Sequence[Any], who: str) -> Traced:
+    """Traces a call for a rewrite, which needs dense arrays."""
+    check_function(fn, who)
+    frame, arrays = take_apart(params, args, {})
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        raise TypeError(f"{who} works on data: call it outside of jit, grad and vmap")
+    leaves, unflatten = flatten(params)
+    compressed = [p for p in leaves if is_encoded(p.value)]
+    if compressed:
+        raise TypeError(
+            f"{who}: {compressed[0].path} is {compressed[0].value.kind()}; rewrite the dense "
+            "parameters first, then compress"
+        )
+    program = trace(fn, frame, arrays, who=who, every=True)
+    values = {p.path: p.value for p in leaves if hasattr(p.value, "shape")}
+
+    def rebuild(new: dict[str, Any]) -> Any:
+        return unflatten([new.get(p.path, p.value) for p in leaves])
+
+    return Traced(fn, program, Graph(program, values), values, rebuild)
+
+
+def like(w: Any, new: np.ndarray) -> jax.Array:
+    """Puts new numbers where a parameter is, in its type."""
+    array = np.asarray(new).astype(w.dtype)
+    return jax.device_put(array, w.sharding) if isinstance(w, jax.Array) else jnp.asarray(array)
+
+
+def finished(t: Traced, changed: dict[str, np.ndarray], who: str) -> Any:
+    """Returns the tree with new values, after what the program returns was compared.
+
+    Raises:
+      RuntimeError: if it is not the same.
+    """
+    new = t.values | {p: like(t.values[p], w) for p, w in changed.items()}
+    for a, b in zip(t.run(t.values), t.run(new), strict=True):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            continue
+        # Types of fewer digits than float32 lose more of them when numbers move.
+        most = max(TOLERANCE, 10 * float(jnp.finfo(a.dtype).eps))
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        finite = np.isfinite(a)
+        change = np.linalg.norm((b - a)[finite]) / max(np.linalg.norm(a[finite]), 1e-30)
+        if not change <= most:
+            raise RuntimeError(
+                f"{who}: what {name_of(t.fn)} returns would change by {change:.1e} of its norm, "
+                f"more than {most:.0e}; rewrite in float32, or leave layers out with only="
+            )
+    return t.rebuild(new)

@@ -1,0 +1,168 @@
+"""The guard: the drop is met, the best tree is kept whatever happens, every try is written down."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxopt_models as jom
+from jaxopt_models import Rule, quant
+
+RNG = np.random.default_rng(0)
+FORMATS = [quant.Int(bits=b) for b in (2, 3, 4, 6, 8)]
+PARAMS = {
+    name: {"kernel": jnp.asarray(RNG.normal(size=(16, 16)) / 4, jnp.float32), "bias": jnp.zeros(16)}
+    for name in "abc"
+}
+X = jnp.asarray(RNG.normal(size=(400, 16)), jnp.float32)
+
+
+def fn(params, x):
+    for name in "abc":
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x
+
+
+LABELS = jnp.argmax(fn(PARAMS, X), axis=-1)
+
+
+def agreement(small):
+    """The share of samples with the label of the dense model, in percent."""
+    return 100 * float(jnp.mean(jnp.argmax(fn(jom.materialize(small), X), axis=-1) == LABELS))
+
+
+def bits(recipe):
+    return 8 * sum(
+        float(row["bits"]) * np.prod(row["shape"]) / 8 for row in jom.plan(PARAMS, recipe)
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    return quant.sensitivity(fn, PARAMS, [(X[:100],)], FORMATS)
+
+
+def test_the_smallest_tree_that_meets_the_drop(found):
+    result = quant.guard(PARAMS, found, evaluate=agreement, drop=5.0)
+    assert result.dense == 100 and not result.interrupted
+    assert result.score == agreement(result.small) >= 95
+    good = [row for row in result.history if row["good"]]
+    assert min(row["bytes"] for row in good) == bits(result.recipe) / 8
+    for row in result.history:
+        assert row["good"] == (row["below"] <= 5.0) == (row["score"] >= 95)
+    eight = bits([Rule(".*/kernel", quant.Int(bits=8))])
+    assert bits(result.recipe) < 0.9 * eight
+    assert result.history.columns == ("tried", "bytes", "score", "below", "good")
+    assert 5 <= len(result.history) <= 20
+    assert "best: " in repr(result)
+    jom.verify(result.small, PARAMS)
+
+
+def test_a_layer_that_scores_hide_is_mended():
+    """Scores say nothing of layer b, which must not be touched."""
+    candidates = [quant.Int(bits=2), quant.Int(bits=4)]
+    choices = quant.sensitivity(fn, PARAMS, [(X[:100],)], candidates)
+
+    def evaluate(small):
+        return float(isinstance(small["b"]["kernel"], jom.Encoded)) * -1.0
+
+    result = quant.guard(PARAMS, choices, evaluate=evaluate, drop=0.5)
+    assert [r.path for r in result.recipe] in (["a/kernel", "c/kernel"], ["a/kernel"], ["c/kernel"])
+    assert {row["tried"] for row in result.history} == {"dense", "budget", "mended"}
+
+
+def test_where_nothing_is_good_the_dense_tree_is_returned(found, tmp_path):
+    def exact(small):
+        return -float(any(isinstance(v["kernel"], jom.Encoded) for v in small.values()))
+
+    file = tmp_path / "best.jom"
+    result = quant.guard(PARAMS, found, evaluate=exact, drop=0.0, save=file)
+    assert result.recipe == [] and result.small is PARAMS and result.score == 0
+    np.testing.assert_array_equal(jom.load(file)["a"]["kernel"], PARAMS["a"]["kernel"])
+
+
+def test_everything_is_good_where_nothing_matters(found):
+    result = quant.guard(PARAMS, found, evaluate=lambda small: 1.0, drop=0.0)
+    assert {rule.encoder for rule in result.recipe} == {quant.Int(bits=2)}
+
+
+@pytest.mark.parametrize("after", [3, 5])
+def test_ctrl_c_keeps_the_best(found, tmp_path, after):
+    calls = itertools.count(1)
+
+    def evaluate(small):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return agreement(small)
+
+    file = tmp_path / "best.jom"
+    result = quant.guard(PARAMS, found, evaluate=evaluate, drop=20.0, save=file)
+    assert result.interrupted and "interrupted" in repr(result)
+    assert len(result.history) == after - 1 and result.recipe
+    assert agreement(result.small) == result.score >= 80
+    assert agreement(jom.load(file)) == result.score
+    assert [p.name for p in tmp_path.iterdir()] == ["best.jom"]
+
+
+def test_ctrl_c_before_anything_is_known(found):
+    def evaluate(small):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quant.guard(PARAMS, found, evaluate=evaluate, drop=1.0)
+
+
+def test_what_fails_leaves_the_best_in_its_file(found, tmp_path):
+    calls = itertools.count(1)
+
+    def evaluate(small):
+        if next(calls) == 4:
+            raise RuntimeError("the disk is gone")
+        return agreement(small)
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        quant.guard(PARAMS, found, evaluate=evaluate, drop=20.0, save=tmp_path / "best.jom")
+    assert agreement(jom.load(tmp_path / "best.jom")) >= 80
+
+
+def test_a_score_that_is_not_a_number_is_not_good(found):
+    def evaluate(small):
+        broken = any(isinstance(v["kernel"], jom.Encoded) for v in small.values())
+        return float("nan") if broken else 1.0
+
+    assert quant.guard(PARAMS, found, evaluate=evaluate, drop=1.0).recipe == []
+
+
+def test_recipes_and_another_compress():
+    solvers = [[Rule("b/kernel", quant.GPTQ(quant.Int(bits=b)))] for b in (2, 4, 8)]
+    stats = jom.calibrate(fn, PARAMS, [(X[:100],)], solvers[0])
+
+    def compress(params, recipe):
+        return jom.compress(params, recipe, stats=stats)
+
+    result = quant.guard(PARAMS, solvers, evaluate=agreement, drop=6.0, compress=compress)
+    scores = [agreement(compress(PARAMS, recipe)) for recipe in solvers]
+    assert scores[0] < 94 <= scores[1]
+    assert result.recipe == solvers[1]
+    assert {row["tried"] for row in result.history} == {"dense", "budget"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"drop": -1}, ValueError, "drop=-1.0 is how far"),
+        ({"drop": "1"}, TypeError, "drop='1' is no number"),
+        ({"evaluate": 3}, TypeError, "evaluate is int"),
+        ({"compress": 3}, TypeError, "compress is int"),
+        ({"evaluate": lambda small: float("inf")}, ValueError, "evaluate gives inf for the dense"),
+        ({"candidates": []}, ValueError, "there is no recipe"),
+        ({"candidates": [Rule("a", None)]}, TypeError, "a recipe is a list of rules"),
+        ({"candidates": Rule("a", None)}, TypeError, "give what sensitivity"),
+        ({"save": "/nowhere/at/all.jom"}, FileNotFoundError, "there is no such folder"),
+    ],
+)
+def test_what_is_wrong_is_named(found, change, error, words):
+    given = {"candidates": found, "evaluate": agreement, "drop": 1.0, **change}
+    with pytest.raises(error, match=words):
+        quant.guard(PARAMS, given.pop("candidates"), **given)

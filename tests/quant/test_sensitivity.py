@@ -1,0 +1,298 @@
+"""Scores of one parameter in many formats, against plain loops and NumPy in float64."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxopt_models as jom
+from jaxopt_models import Axes, Rule, prune, quant
+
+FORMATS = [quant.Int(bits=2), quant.Int(bits=4, group=4), quant.NF4(group=4), None]
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(16, 8)), jnp.float32)
+Y = jnp.asarray(RNG.integers(0, 4, size=16), jnp.int32)
+BATCHES = [(X[:12], Y[:12]), (X[12:], Y[12:])]
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="out")(nn.tanh(nn.Dense(12, name="hidden")(x)))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.out = nnx.Linear(8, 12, rngs=rngs), nnx.Linear(12, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.tanh(self.hidden(x)))
+
+
+def plain(params, x):
+    h = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    return h @ params["out"]["kernel"] + params["out"]["bias"][None]
+
+
+def weights(seed=1):
+    rng = np.random.default_rng(seed)
+
+    def layer(n, m):
+        kernel = jnp.asarray(rng.normal(size=(n, m)) / 2, jnp.float32)
+        return {"kernel": kernel, "bias": jnp.zeros(m)}
+
+    return {"hidden": layer(8, 12), "out": layer(12, 4)}
+
+
+def models():
+    variables = Linen().init(jax.random.key(0), X)
+    return {
+        "dict": (plain, weights()),
+        "linen": jom.functional((Linen(), variables)),
+        "nnx": jom.functional(Nnx(nnx.Rngs(0))),
+    }
+
+
+def loss_of(fn):
+    def loss(params, x, y):
+        logp = jax.nn.log_softmax(fn(params, x))
+        return -jnp.mean(jnp.take_along_axis(logp, y[:, None], axis=1))
+
+    return loss
+
+
+def by_hand(metric, fn, params, path, encoder):
+    """Compresses one parameter, runs the model, and compares in NumPy."""
+    small = jom.materialize(jom.compress(params, [Rule(path, encoder)]))
+    over = under = 0.0
+    for x, y in BATCHES:
+        if metric == "loss":
+            over += float(loss_of(fn)(small, x, y)) - float(loss_of(fn)(params, x, y))
+            under += 1
+            continue
+        a, b = (np.asarray(fn(p, x), np.float64) for p in (params, small))
+        if metric == "mse":
+            over, under = over + np.sum((a - b) ** 2), under + np.sum(a**2)
+            continue
+        p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (a, b))
+        over, under = over + np.sum(p * np.log(p / q)), under + len(x)
+    return over / under
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [("dict", "loss"), ("linen", "mse"), ("nnx", "kl"), ("nnx", "loss")],
+)
+def test_scores_are_those_of_a_plain_loop(kind, metric):
+    fn, params = models()[kind]
+    batches = BATCHES if metric == "loss" else [(x,) for x, _ in BATCHES]
+    given = {"metric": metric, "loss": loss_of(fn)}
+    found = quant.sensitivity(fn, params, batches, FORMATS, **given)
+    assert [c.path for c in found] == ["hidden/kernel", "out/kernel"]
+    for c in found:
+        assert [k.encoder for k in c.candidates] == FORMATS
+        for k in c.candidates[:-1]:
+            want = by_hand(metric, fn, params, c.path, k.encoder)
+            assert k.score == pytest.approx(want, rel=2e-3, abs=2e-6)
+            small = jom.plan(params, [Rule(c.path, k.encoder)])
+            [row] = [row for row in small if row["path"] == c.path]
+            assert k.bits == row["bits"] * c.size
+        assert (c.candidates[-1].score, c.candidates[-1].bits) == (0, 32 * c.size)
+    assert found.others == 32 * (12 + 4)
+
+
+def test_all_at_once_scores_alike_and_one_program_serves_all():
+    traces = []
+
+    def fn(params, x):
+        traces.append(None)
+        return plain(params, x)
+
+    batches = [(X,), (X[::-1],)]
+    one = quant.sensitivity(fn, weights(), batches, FORMATS)
+    assert len(traces) == 2  # the outputs, and what is compared with them
+    together = quant.sensitivity(fn, weights(), batches, FORMATS, vectorize=True)
+    for a, b in zip(one, together, strict=True):
+        scores = [[k.score for k in c.candidates] for c in (a, b)]
+        np.testing.assert_allclose(*scores, rtol=1e-4)
+
+
+def test_hutchinson_is_within_five_percent_on_a_quadratic():
+    shapes, n = {"a": (10, 6), "b": (2, 5, 4)}, 100
+    mix = RNG.normal(size=(n, n)) * np.exp(RNG.normal(size=n))
+    curve = mix @ mix.T / n
+    cuts = [0, 60, 80, 100]  # a, and both of the stack b
+    blocks = [curve[i:j, i:j] for i, j in itertools.pairwise(cuts)]
+    traces = [np.trace(block) for block in blocks]
+    params = {k: jnp.asarray(RNG.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    stacked = {"b": jom.Axes(stack=1)}
+
+    def loss(params, h):
+        v = jnp.concatenate([params["a"].ravel(), params["b"].ravel()])
+        return v @ h @ v / 2
+
+    batches = [(jnp.asarray(curve * c, jnp.float32),) for c in (0.5, 1.5)]
+    encoder = quant.Int(bits=3)
+    for path, axes in {"a": None, **stacked}.items():
+        found = quant.sensitivity(
+            loss,
+            params,
+            batches,
+            [encoder],
+            only=path,
+            axes=axes,
+            metric="hessian",
+            probes=3000,
+            key=jax.random.key(0),
+        )
+        w = np.asarray(params[path], np.float64)
+        q = np.asarray(encoder(params[path], axes=axes).materialize(), np.float64)
+        if path == "a":
+            want = traces[0] * np.sum((w - q) ** 2) / 60 / 2
+        else:
+            errors = np.sum((w - q) ** 2, axis=(1, 2))
+            want = sum(t * e / 20 / 2 for t, e in zip(traces[1:], errors, strict=True))
+        assert found[path].candidates[0].score == pytest.approx(want, rel=0.05)
+        assert "standard error" in found.note
+
+
+def product(params, x):
+    y = jax.lax.conv_general_dilated(
+        x, params["conv"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=2,
+    )  # fmt: skip
+    return y, y[:, 0, 0, :3] @ params["table"].T
+
+
+def test_gram_is_the_relative_error_of_a_product():
+    params = {
+        "conv": jnp.asarray(RNG.normal(size=(2, 2, 3, 4)), jnp.float32),
+        "table": jnp.asarray(RNG.normal(size=(5, 3)), jnp.float32),
+    }
+    x = jnp.asarray(RNG.normal(size=(4, 3, 3, 6)), jnp.float32)
+    stats = jom.calibrate(product, params, [(x,)], ["gram"])
+    encoder = quant.Int(bits=3)
+    found = quant.sensitivity(None, params, None, [encoder], metric="gram", stats=stats)
+    assert found["conv"].axes is None and found["table"].axes == Axes(out=(0,))
+    small = jom.materialize(jom.compress(params, [Rule(".*", encoder)], stats=stats))
+    for path, i in (("conv", 0), ("table", 1)):
+        whole, new = (
+            np.asarray(product({**params, path: p[path]}, x)[i], np.float64)
+            for p in (params, small)
+        )
+        want = np.sum((whole - new) ** 2) / np.sum(whole**2)
+        assert found[path].candidates[0].score == pytest.approx(want, rel=1e-4)
+    assert quant.allocate_bits(found, budget_bits=40)[1] == Rule("table", encoder, Axes(out=(0,)))
+
+
+def test_masks_stay_and_stacks_count():
+    params = {"w": jnp.asarray(RNG.normal(size=(3, 8, 8)), jnp.float32), "b": jnp.ones((3, 8))}
+    pruned = jom.compress(params, [Rule("w", prune.Magnitude(sparsity=0.5), Axes(stack=1))])
+
+    def fn(params, x):
+        return jax.lax.scan(lambda h, p: (jnp.tanh(h @ p["w"] + p["b"][None]), None), x, params)[0]
+
+    encoder = quant.Int(bits=4)
+    found = quant.sensitivity(fn, pruned, [(X,)], [encoder], axes=Axes(stack=1))
+    assert [c.path for c in found] == ["w"]
+    small = jom.compress(pruned, [Rule("w", encoder, Axes(stack=1))])
+    assert found["w"].candidates[0].bits == small["w"].storage_bits()
+    assert quant.allocate_bits(found, budget_bits=9) == [Rule("w", encoder, Axes(stack=1))]
+
+
+def test_solvers_and_keys_are_those_of_compress():
+    params = weights()
+    encoders = [quant.GPTQ(quant.Int(bits=3)), jom.codebook.KMeans(bits=2, start="random")]
+    stats = jom.calibrate(plain, params, [(X,)], [Rule(".*/kernel", encoders[0])])
+    found = quant.sensitivity(
+        plain, params, [(X,)], encoders, only="out/.*", stats=stats, key=jax.random.key(3)
+    )
+    for k in found["out/kernel"].candidates:
+        recipe = [Rule("out/kernel", k.encoder)]
+        small = jom.compress(params, recipe, stats=stats, key=jax.random.key(3))
+        a, b = plain(params, X), plain(jom.materialize(small), X)
+        assert k.score == pytest.approx(float(jnp.sum((a - b) ** 2) / jnp.sum(a**2)), rel=1e-3)
+
+
+def test_candidates_by_path_arguments_that_are_no_arrays_and_what_overflows():
+    params = {**weights(), "name": "text"}
+
+    def fn(params, x, mode):
+        y = plain(params, x)
+        assert mode == "square"
+        return jnp.exp(1e3 * jnp.abs(jnp.sum(params["out"]["kernel"]) - SUM)) * y
+
+    SUM = jnp.sum(params["out"]["kernel"])
+    rules = {"hid.*": [quant.Int(bits=8)], ".*": [quant.Int(bits=2), None]}
+    found = quant.sensitivity(fn, params, [(X, "square")], rules)
+    assert [[k.encoder for k in c.candidates] for c in found] == list(rules.values())
+    assert found["out/kernel"].candidates[0].score == np.inf
+    assert [r.path for r in quant.allocate_bits(found, budget_bits=99)] == ["hidden/kernel"]
+
+
+def test_it_prints_and_plots():
+    found = quant.sensitivity(plain, weights(), [(X,)], FORMATS)
+    assert len(found.table()) == len(found) * 4
+    assert "out/kernel" in repr(found) and "sensitivity: mse" in repr(found)
+    assert "<table>" in found._repr_html_()
+    plt.switch_backend("agg")
+    ax = found.plot()
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["hidden/kernel", "out/kernel"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(map(repr, FORMATS))
+    plt.close("all")
+    with pytest.raises(KeyError, match="no parameter 'out' takes part; paths are: hidden/kernel"):
+        found["out"]
+
+
+INT = [quant.Int(bits=4)]
+WRONG = [
+    ({"metric": "psnr"}, ValueError, "metric='psnr' is none of loss, mse"),
+    ({"only": "out"}, ValueError, "only='out' with these candidates: no parameter"),
+    ({"candidates": {".*": INT, "out/.*": INT}}, ValueError, r"candidates for \['out/\.\*'\]"),
+    ({"candidates": []}, ValueError, "give at least one"),
+    ({"candidates": INT * 2}, ValueError, "none twice"),
+    ({"candidates": quant.Int(bits=4)}, TypeError, "give a list of encoders"),
+    ({"candidates": [4]}, TypeError, "candidate 4 is no encoder"),
+    (
+        {"candidates": [quant.Int(bits=4, group=5)]},
+        ValueError,
+        r"sensitivity: Int\(bits=4, group=5\): hidden/kernel: group",
+    ),
+    ({"candidates": [jom.chain(*INT, quant.Input(bits=8))]}, TypeError, "rounds inputs, too"),
+    ({"candidates": [quant.GPTQ(INT[0])]}, ValueError, "hidden/kernel: .* needs the statistics"),
+    ({"batches": [X]}, TypeError, "a batch is ArrayImpl"),
+    ({"batches": (X,)}, TypeError, "batches is tuple"),
+    ({"batches": []}, ValueError, "there is no batch"),
+    ({"metric": "loss"}, ValueError, r"shapes \[\(16, 4\)\], not the one floating number"),
+    ({"metric": "kl", "fn": lambda p, x: (x, x)}, ValueError, "one array of logits"),
+    ({"metric": "gram"}, ValueError, "needs the statistic gram of hidden/kernel, out/kernel"),
+    ({"metric": "hessian"}, ValueError, "draws random vectors; pass key="),
+    ({"fn": lambda p, x: x.astype(int)}, ValueError, "no floating array"),
+    ({"fn": lambda p, x: x / 0}, ValueError, "NaN or Inf before anything is compressed"),
+    ({"fn": lambda p, x: 0 * x}, ValueError, "gives zeros only"),
+    ({"fn": 3}, TypeError, "fn is int"),
+    ({"axes": Axes(stack=3)}, ValueError, "no parameter of two or more axes"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), WRONG)
+def test_what_is_wrong_is_named(change, error, words):
+    given = {"fn": plain, "params": weights(), "batches": [(X,)], "candidates": INT, **change}
+    args = [given.pop(k) for k in ("fn", "params", "batches", "candidates")]
+    with pytest.raises(error, match=words):
+        quant.sensitivity(*args, **given)
+
+
+def test_inputs_rounded_before_and_broken_weights():
+    small = jom.compress(weights(), [Rule("out/kernel", quant.Input(bits=8))])
+    with pytest.raises(TypeError, match="params round inputs"):
+        quant.sensitivity(plain, small, [(X,)], INT)
+    broken = weights()
+    broken["out"]["kernel"] = broken["out"]["kernel"] * jnp.nan
+    with pytest.raises(ValueError, match="sensitivity: out/kernel: 48 of 48 entries"):
+        quant.sensitivity(plain, broken, [(X,)], INT)
