@@ -44,6 +44,8 @@ def correct_bias(
     have none. Where the running mean of a normalization is taken from the product instead, that is
     moved.
 
+    Every position counts as an input, padding, too: texts are best cut to one length without any.
+
     Args:
       fn: function of `(params, ...)`, in inference mode.
       params: the dense parameters.

@@ -127,8 +127,11 @@ class Sensitivity:
                 ax.plot(*zip(*points, strict=True), "o", label=repr(encoder))
         ax.set_yticks(range(len(self.choices)), [c.path for c in self.choices])
         ax.invert_yaxis()
-        scores = [abs(k.score) for c in self.choices for k in c.candidates if k.score]
-        ax.set_xscale("symlog", linthresh=min((s for s in scores if math.isfinite(s)), default=1.0))
+        scores = [k.score for c in self.choices for k in c.candidates if math.isfinite(k.score)]
+        if min(scores, default=0) < 0:
+            ax.set_xscale("symlog", linthresh=max(map(abs, scores)) / 1e6)
+        elif max(scores, default=0) > 0:
+            ax.set_xscale("log")
         ax.set_xlabel(f"score ({self.metric})")
         ax.legend()
         return ax

@@ -13,7 +13,7 @@ from .._bits import pack_codes, wide_dtype
 from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import whole
-from ._grid import divide, positive
+from ._grid import divide, positive, quotient
 from ._quantized import Quantized
 from ._table import Binary
 
@@ -87,7 +87,7 @@ class DoReFa(Encoder):
         """Returns where weights lie among the codes."""
         t = jnp.tanh(w.astype(wide_dtype(w.dtype)))
         most = positive(jnp.max(jnp.abs(t)))
-        return self._top * (t / (2 * most) + 0.5)
+        return self._top * (quotient(t, 2 * most) + 0.5)
 
     def _scale(self, dtype: Any) -> jax.Array:
         return jnp.array(2 / self._top, dtype)

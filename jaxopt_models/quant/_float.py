@@ -12,7 +12,7 @@ import ml_dtypes
 from .._axes import Matrix
 from .._bits import pack_codes
 from ._format import Format
-from ._grid import Grid, divide, positive, power_of_two
+from ._grid import Grid, divide, positive, power_of_two, quotient
 from ._tables import FLOATS, Table, table_of
 from ._tabulated import Tabulated
 
@@ -52,7 +52,7 @@ class Tabled(Format):
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Returns the codes of the nearest values."""
-        return self._values.nearest(x / grid.scale)
+        return self._values.nearest(quotient(x, grid.scale))
 
     def values(self, codes: jax.Array, grid: Grid) -> jax.Array:
         """Returns what codes mean."""

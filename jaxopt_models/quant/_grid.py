@@ -29,6 +29,14 @@ def divide(x: jax.Array, n: float) -> jax.Array:
     return x / jnp.where(x < jnp.inf, jnp.array(n, x.dtype), jnp.ones((), x.dtype))
 
 
+def quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Divides by a scale, whose shape broadcasts to that of ``x``, as IEEE does."""
+    # In some programs XLA multiplies by the reciprocal of a divisor that is broadcast, in others
+    # it divides, and at a tie the codes of the two differ. A divisor that depends on data is
+    # exact in all of them.
+    return x / jnp.where(x < jnp.inf, scale, jnp.ones((), scale.dtype))
+
+
 def positive(scale: jax.Array) -> jax.Array:
     """Returns a scale that can be divided by."""
     # An all-zero or denormal group, flushed to zero by XLA, gets the scale one and codes zero.

@@ -61,20 +61,22 @@ def guard(
 ) -> GuardResult:
     """Finds the smallest tree whose score is at most ``drop`` below that of the dense one.
 
-    First the budget is halved in, among 64 between the smallest and the largest assignment, each
-    spent by :func:`allocate_bits`. That takes for granted that a larger budget is better, which
-    need not be so; so then the largest tree that failed is mended: its parameters get
-    their next larger candidate, or stay dense, those with the worst scores first, and how many
-    need it is halved in, too, among the trees that are smaller than the best so far. This is also
-    how a model is found where no assignment is good enough. The dense tree always is. About
-    a dozen trees are evaluated.
+    Bisection comes first, among 64 budgets between the smallest and the largest assignment, each
+    spent by :func:`allocate_bits`. It takes for granted that more bits are never worse, which
+    need not be so: a layer may do harm that its score does not show. So then the largest tree
+    that failed is mended: the parameter with the worst score gets its next larger candidate, or
+    stays dense, then the next, and bisection finds how many such steps are needed, among the
+    trees that are smaller than the best so far. Where no assignment is good enough, this looks
+    for what has to stay dense. The dense tree itself is always good enough. About a dozen trees
+    are evaluated.
 
     The best tree is chosen by the scores it is then judged by: evaluate on validation data, never
     on those of the final test, and on enough of them that ``drop`` is no matter of chance.
 
     Args:
       params: the dense parameters (or pruned ones), to which everything is compared.
-      candidates: what :func:`sensitivity` measured, or recipes to choose from.
+      candidates: what :func:`sensitivity` measured, or recipes to choose from, the one that
+        gives the smallest tree first.
       evaluate: `(small) -> score`, higher is better. Called with ``params`` first. Call
         :func:`jaxopt_models.materialize` before a jitted function, so that one compilation serves
         all trees.
@@ -91,7 +93,9 @@ def guard(
 
     Raises:
       TypeError: for arguments of another type.
-      ValueError: if ``drop`` is negative, or the score of the dense tree not finite.
+      ValueError: if ``drop`` is negative, the score of the dense tree not finite, or there is
+        nothing to choose from.
+      FileNotFoundError: if the folder of ``save`` does not exist.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxopt_models as jom

@@ -13,7 +13,7 @@ from .._axes import Matrix
 from .._bits import pack_codes
 from .._options import whole
 from ._format import Format
-from ._grid import Grid, divide, positive, truncate
+from ._grid import Grid, divide, positive, quotient, truncate
 from ._quantized import Quantized
 
 
@@ -101,8 +101,8 @@ class Int(Format):
         """Returns the nearest codes; see :class:`Int`."""
         if self.symmetric:
             top = 2 ** (self.bits - 1) - 1
-            return jnp.clip(jnp.round(x / grid.scale), -top, top).astype(jnp.int32)
-        nearest = jnp.ceil(x / grid.scale - jnp.array(0.5, x.dtype) + grid.zero)
+            return jnp.clip(jnp.round(quotient(x, grid.scale)), -top, top).astype(jnp.int32)
+        nearest = jnp.ceil(quotient(x, grid.scale) - jnp.array(0.5, x.dtype) + grid.zero)
         return jnp.clip(nearest, 0, 2**self.bits - 1).astype(jnp.int32)
 
     def values(self, codes: jax.Array, grid: Grid) -> jax.Array:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 # Partial choices that are kept at once; joining a set takes some hundred bytes for each.
 _MOST = 1 << 19
+
+#: A value of the Lagrangian and its multipliers.
+Found = tuple[float, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +199,11 @@ def _dual(items: Sequence[Item], budget: np.ndarray) -> tuple[np.ndarray, float]
     def value(multipliers: np.ndarray) -> float:
         return float((scores + costs @ multipliers).min(axis=1).sum() - multipliers @ budget)
 
-    def inner(k: int, multipliers: np.ndarray) -> tuple[float, np.ndarray]:
+    def inner(k: int, multipliers: np.ndarray) -> Found:
         if k < 0:
             return value(multipliers), multipliers
 
-        def at(logarithm: float) -> tuple[float, np.ndarray]:
+        def at(logarithm: float) -> Found:
             new = multipliers.copy()
             new[k] = np.exp(logarithm) * span / unit[k]
             return inner(k - 1, new)
@@ -213,7 +216,7 @@ def _dual(items: Sequence[Item], budget: np.ndarray) -> tuple[np.ndarray, float]
     return multipliers, bound
 
 
-def _golden(f, low: float, high: float) -> tuple[float, np.ndarray]:
+def _golden(f: Callable[[float], Found], low: float, high: float) -> Found:
     """Returns value and argument at the maximum of a function that rises, then falls."""
     ratio = (5**0.5 - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)

@@ -13,7 +13,7 @@ from .._axes import Matrix
 from .._bits import wide_dtype
 from .._encoded import Encoded
 from ._format import Format
-from ._grid import Grid, steady
+from ._grid import Grid, quotient, steady
 from ._int import Int
 from ._observers import Bounds, Observer, Rounding, whole_range
 
@@ -182,7 +182,7 @@ class LSQ(Int):
         if self.symmetric:
             return Grid(step)
         offset = jnp.repeat(self._runs_of(learned["offset"]), self.block, axis=-1)
-        zero = jnp.clip(-offset / step, *self.edges)
+        zero = jnp.clip(quotient(-offset, step), *self.edges)
         return Grid(step, zero.astype(jnp.float16).astype(step.dtype))
 
     def _runs_of(self, placed: jax.Array) -> jax.Array:
@@ -199,5 +199,5 @@ def _by_entry(grid: Grid) -> Grid:
 
 def _place(x: jax.Array, grid: Grid) -> jax.Array:
     """Returns where values lie on a grid, in codes."""
-    place = x / grid.scale
+    place = quotient(x, grid.scale)
     return place if grid.zero is None else place + grid.zero

@@ -148,8 +148,8 @@ class Pairing(Calibrating):
         if around or use.roles.indices:
             where = f"inside {around[0]}" if around else "where only data say which slice it is"
             raise ValueError(
-                f"{use.path}: its inputs cannot be paired with those of the float model {where}; "
-                "pass correct=False"
+                f"sequential: {use.path}: its inputs cannot be paired with those of the float "
+                f"model {where}; pass correct=False"
             )
         site = name, self.trail(eqn)
         if site not in self.sites:

@@ -16,7 +16,7 @@ from .._encoder import Encoder, check_keep, check_tensor, masked
 from .._jaxpr import varying
 from .._options import whole
 from .._statistics import Bins
-from ._grid import divide, positive
+from ._grid import divide, positive, quotient
 from ._observers import MinMax, Observer
 
 
@@ -256,12 +256,12 @@ def _round(x: jax.Array, scale: Any, zero: Any, bits: int, symmetric: bool) -> j
 
     @jax.custom_jvp
     def rounded(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
-        return scale * (jnp.clip(jnp.round(x / scale) + zero, low, high) - zero)
+        return scale * (jnp.clip(jnp.round(quotient(x, scale)) + zero, low, high) - zero)
 
     @rounded.defjvp
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         x, scale, zero = primals
-        q = x / scale + zero
+        q = quotient(x, scale) + zero
         inside = (q >= low - 0.5) & (q <= high + 0.5)
         return rounded(*primals), jnp.where(inside, tangents[0], 0)
 

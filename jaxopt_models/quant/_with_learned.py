@@ -18,7 +18,7 @@ from .._latent import holds_latent
 from .._options import whole
 from .._paths import flatten
 from ._dorefa import rounded_back
-from ._grid import divide, positive
+from ._grid import divide, positive, quotient
 from ._with_input import Reader, inside
 
 
@@ -86,7 +86,7 @@ def _step(x: Any, step: Any, offset: Any, bits: int, signed: bool, features: int
     offset = jnp.zeros_like(step) if offset is None else offset
 
     def place(x: jax.Array, step: jax.Array, offset: jax.Array) -> jax.Array:
-        return (x - offset) / positive(jnp.abs(step))
+        return quotient(x - offset, positive(jnp.abs(step)))
 
     @jax.custom_jvp
     def rounded(x: jax.Array, step: jax.Array, offset: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ def _clip(x: jax.Array, clip: Any, bits: int) -> jax.Array:
     @jax.custom_jvp
     def rounded(x: jax.Array, clip: jax.Array) -> jax.Array:
         scale = divide(positive(jnp.abs(clip)), top)
-        return jnp.clip(jnp.round(x / scale), 0, top) * scale
+        return jnp.clip(jnp.round(quotient(x, scale)), 0, top) * scale
 
     @rounded.defjvp
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:

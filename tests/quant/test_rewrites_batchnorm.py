@@ -252,6 +252,14 @@ def test_small_returns_the_moments_of_the_float_model():
     same = quant.reestimate_batchnorm(small_net, params, [(x[:9],), (x[9:],)], small=params)
     for name in ("m1", "v1", "m2", "v2"):
         np.testing.assert_allclose(same[name], params[name], atol=1e-5)
+    # One norm after the other in several batches is one batch of all.
+    parts = [(x[:9],), (x[9:],)]
+    whole = quant.reestimate_batchnorm(small_net, params, [(x,)], small=small)
+    found = quant.reestimate_batchnorm(small_net, params, parts, small=small, sequential=True)
+    for name in ("m1", "v1", "m2", "v2"):
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="not sequential=True"):
+        quant.reestimate_batchnorm(small_net, params, parts, sequential=True, momentum=0.5)
     with pytest.raises(ValueError, match=r"m1 and v1 are those of a norm that is folded"):
         quant.reestimate_batchnorm(small_net, params, [(x,)])
 

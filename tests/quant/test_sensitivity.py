@@ -249,7 +249,11 @@ def test_it_prints_and_plots():
         found["out"]
 
 
-INT = [quant.Int(bits=4)]
+def rough(params, x):
+    return jnp.sum(jnp.sqrt(jnp.abs(0 * params["out"]["kernel"])))
+
+
+INT, KEY = [quant.Int(bits=4)], jax.random.key(0)
 WRONG = [
     ({"metric": "psnr"}, ValueError, "metric='psnr' is none of loss, mse"),
     ({"only": "out"}, ValueError, "only='out' with these candidates: no parameter"),
@@ -272,6 +276,7 @@ WRONG = [
     ({"metric": "kl", "fn": lambda p, x: (x, x)}, ValueError, "one array of logits"),
     ({"metric": "gram"}, ValueError, "needs the statistic gram of hidden/kernel, out/kernel"),
     ({"metric": "hessian"}, ValueError, "draws random vectors; pass key="),
+    ({"metric": "hessian", "key": KEY, "loss": rough}, ValueError, "second derivatives of rough"),
     ({"fn": lambda p, x: x.astype(int)}, ValueError, "no floating array"),
     ({"fn": lambda p, x: x / 0}, ValueError, "NaN or Inf before anything is compressed"),
     ({"fn": lambda p, x: 0 * x}, ValueError, "gives zeros only"),

@@ -1,0 +1,223 @@
+"""Layers compressed one after another, each on what the compressed ones before it give."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxopt_models as jom
+from jaxopt_models import quant
+from jaxopt_models.quant._solver import corrected
+from jaxopt_models.testing import leaf_bits
+
+CODES = quant.GPTQ(quant.Int(bits=2))
+RECIPE = [jom.Rule("(.*/)?[abw]", CODES)]
+
+
+def normal(*shape, seed=0):
+    x = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(x / np.sqrt(shape[-2]), jnp.float32)
+
+
+def mlp(params, x):
+    return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"] + params["bias"]) @ params["w"]
+
+
+@functools.cache
+def case():
+    """A small network, batches of two sizes that vary in few directions, and others."""
+    params = {
+        "a": normal(24, 24, seed=1),
+        "b": normal(24, 24, seed=2),
+        "bias": normal(1, 24, seed=3),
+        "w": normal(24, 4, seed=4),
+    }
+    x = 3 * normal(400, 6, seed=5) @ normal(6, 24, seed=6)
+    return params, [(x[:128],), (x[128:256],), (x[256:300],)], x[300:]
+
+
+def error(fn, params, small, x):
+    miss = fn(jom.materialize(small), x) - fn(params, x)
+    return float(jnp.mean(jnp.square(miss)))
+
+
+@functools.cache
+def found(correct):
+    params, batches, _ = case()
+    return quant.sequential(mlp, params, RECIPE, batches, correct=correct)
+
+
+def test_each_layer_is_calibrated_on_compressed_layers_before_it():
+    params, batches, _ = case()
+    now = dict(params)
+    for path in ("a", "b", "w"):
+        stats = jom.calibrate(mlp, jom.materialize(now), batches, ["gram"])[path]
+        now[path] = CODES(params[path], stats=stats)
+    small = found(False)
+    assert small["bias"] is params["bias"]
+    for path in ("a", "b", "w"):
+        same = small[path].integers() == now[path].integers()
+        assert np.mean(same) >= 0.98, path
+
+
+def test_weights_are_corrected_for_what_the_float_model_does():
+    params, batches, _ = case()
+    x = jnp.concatenate([x for (x,) in batches])
+    small = found(True)
+    first = CODES(params["a"], stats=jom.calibrate(mlp, params, batches, ["gram"])["a"])
+    assert leaf_bits(small["a"]) == leaf_bits(first)
+    # The second layer, by least squares in float64.
+    exact, seen = (
+        np.tanh(np.asarray(x, np.float64) @ np.asarray(a, np.float64))
+        for a in (params["a"], small["a"].materialize())
+    )
+    w, h = np.asarray(params["b"], np.float64), seen.T @ seen
+    damp = np.sqrt(0.01 * np.mean(np.diag(h))) * np.eye(24)
+    want = np.linalg.lstsq(np.r_[seen, damp], np.r_[exact @ w, damp @ w], rcond=None)[0]
+    got = corrected(params["b"], jnp.asarray(h), jnp.asarray(seen.T @ (exact - seen)), 0.01)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    stats = jom.calibrate(mlp, {**params, "a": small["a"].materialize()}, batches, ["gram"])["b"]
+    again = CODES(jnp.asarray(want, jnp.float32), stats=stats)
+    assert np.mean(small["b"].integers() == again.integers()) >= 0.98
+
+
+def test_the_output_is_nearer():
+    params, batches, fresh = case()
+    once = jom.compress(params, RECIPE, stats=jom.calibrate(mlp, params, batches, RECIPE))
+    errors = [error(mlp, params, s, fresh) for s in (once, found(False), found(True))]
+    assert errors[2] < 0.9 * errors[1] < 0.9 * 1.1 * errors[0]
+
+
+def stacked(params, x):
+    def block(x, layer):
+        h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True))
+        return x + (jnp.tanh(h @ layer["a"]) * (h @ layer["b"])) @ layer["w"] + layer["bias"], None
+
+    return jax.lax.scan(jax.checkpoint(block), x, params)[0]
+
+
+def unrolled(params, x):
+    for i in range(3):
+        x = stacked(jax.tree.map(lambda a: a.reshape(1, *a.shape), params[str(i)]), x)
+    return x
+
+
+def test_a_loop_over_stacked_layers_is_taken_layer_by_layer():
+    layers = [{**case()[0], "w": normal(24, 24, seed=i)} for i in range(3)]
+    layers = [jax.tree.map(lambda a, s=1 + i / 9: a * s, p) for i, p in enumerate(layers)]
+    params = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    recipe = [jom.Rule("(.*/)?[abw]", CODES), jom.Rule("(.*/)?bias", quant.Int(bits=8))]
+    _, batches, _ = case()
+    small = quant.sequential(jax.jit(stacked), params, recipe, batches[:1])
+    apart = {str(i): p for i, p in enumerate(layers)}
+    each = quant.sequential(
+        unrolled, apart, [jom.Rule(r.path, r.encoder) for r in recipe], batches[:1], group="[0-9]"
+    )
+    assert small["a"].shape == (3, 24, 24)
+    assert small["a"].stack == (3,)
+    assert not small["a"].check()
+    for i in range(3):
+        # The first two see one input; with the group of a layer so does the third, uncompressed.
+        for path in ("a", "b"):
+            same = small[path].integers()[i] == each[str(i)][path].integers()
+            assert i or np.all(same), path
+    one = jom.compress(
+        params, recipe[:1], stats=jom.calibrate(stacked, params, batches[:1], recipe[:1])
+    )
+    x = batches[0][0]
+    assert error(stacked, params, small, x) < 0.8 * error(stacked, params, one, x)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping(quant.GPTQ):
+    """GPTQ that is stopped, and goes on later."""
+
+    def run(self, w, *args):
+        if w.shape == (24, 4) and not Stopping.allowed:
+            raise Interrupted
+        return super().run(w, *args)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
+    params, batches, _ = case()
+    rule = jom.Rule("[abw]", Stopping(quant.Int(bits=2)))
+    Stopping.allowed = False
+    with pytest.raises(Interrupted):
+        quant.sequential(mlp, params, [rule], batches, resume=tmp_path)
+    files = sorted(tmp_path.glob("*.jom"))
+    assert len(files) == 2
+    before = [f.stat().st_mtime_ns for f in files]
+    Stopping.allowed = True
+    small = quant.sequential(mlp, params, [rule], batches, resume=tmp_path)
+    assert [f.stat().st_mtime_ns for f in files] == before
+    assert jax.tree.structure(small) == jax.tree.structure(found(True))
+    assert leaf_bits(small) == leaf_bits(found(True))
+    with pytest.raises(ValueError, match=r"resume=.* is of another run:\n  correct: True there"):
+        quant.sequential(mlp, params, [rule], batches, resume=tmp_path, correct=False)
+
+
+def test_tied_masked_and_rounded_inputs():
+    table, w = normal(16, 12, seed=1), normal(12, 12, seed=2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (40, 3)))
+
+    def fn(params, tokens):
+        return jnp.tanh(params["table"][tokens] @ params["w"]) @ params["table"].T
+
+    params = {"table": table, "w": w}
+    pruned = jom.chain(jom.prune.Magnitude(sparsity=0.5), quant.GPTQ(quant.Int(bits=4)))
+    recipe = [
+        jom.Rule("w", jom.chain(pruned, quant.Input(bits=8, per="static"))),
+        jom.Rule("table", quant.GPTQ(quant.Int(bits=4))),
+    ]
+    small = quant.sequential(fn, params, recipe, [(tokens,)])
+    assert small["w"].kind() == "WithInput(Masked(Quantized))"
+    assert small["table"].out == (0,)  # the product with most operations decides
+    got = jom.simulate(fn)(small, tokens)
+    assert np.mean((got - fn(params, tokens)) ** 2) < 0.3 * np.mean(fn(params, tokens) ** 2)
+
+
+def test_what_is_compressed_without_data_is_compressed_first():
+    params, batches, _ = case()
+    recipe = [jom.Rule("w", quant.Int(bits=4)), jom.Rule("[ab]", CODES)]
+    small = quant.sequential(mlp, params, recipe, batches, correct=False)
+    assert leaf_bits(small["w"]) == leaf_bits(quant.Int(bits=4)(params["w"]))
+    assert leaf_bits(small["b"]) == leaf_bits(found(False)["b"])
+    alone = quant.sequential(mlp, params, recipe[:1], batches)
+    assert leaf_bits(alone) == leaf_bits(jom.compress(params, recipe[:1]))
+
+
+def test_what_cannot_be_done_is_said():
+    params, batches, _ = case()
+    with pytest.raises(TypeError, match="a batch is ArrayImpl"):
+        quant.sequential(mlp, params, RECIPE, [batches[0][0]])
+    with pytest.raises(ValueError, match="there is no batch"):
+        quant.sequential(mlp, params, RECIPE, [])
+    with pytest.raises(TypeError, match="correct=1"):
+        quant.sequential(mlp, params, RECIPE, batches, correct=1)
+    with pytest.raises(ValueError, match="sequential: group"):
+        quant.sequential(mlp, params, RECIPE, batches, group="(")
+    with pytest.raises(ValueError, match="sequential: rule 0"):
+        quant.sequential(mlp, params, [jom.Rule("c", CODES)], batches)
+    with pytest.raises(ValueError, match="b, w meet no data in <lambda>"):
+        quant.sequential(lambda p, x: x @ p["a"], params, RECIPE[:1], batches[:1])
+    with pytest.raises(ValueError, match="input of a in mlp holds NaN"):
+        quant.sequential(mlp, params, RECIPE, [(batches[0][0] * jnp.nan,)])
+    with pytest.raises(ValueError, match=r"a needs the statistics \['gram'\]: gram of 24 rows"):
+        quant.sequential(mlp, params, RECIPE, batches[:1], gram_rows=10)
+
+    def loop(params, x):
+        return jax.lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ params["a"]), (0, x)
+        )[1]
+
+    with pytest.raises(ValueError, match=r"a: its inputs cannot be paired .* inside while"):
+        quant.sequential(loop, {"a": params["a"]}, RECIPE, batches[:1])
+    small = quant.sequential(loop, {"a": params["a"]}, RECIPE, batches[:1], correct=False)
+    assert small["a"].kind() == "Quantized"
