@@ -68,8 +68,11 @@ def _met_dot(f: Flow, p: Product, terms: list[Term]) -> tuple[list[Term], list[T
 def _met_conv(f: Flow, p: Product, terms: list[Term]) -> tuple[list[Term], list[Term]]:
     spec, groups = p.eqn.params["dimension_numbers"], p.eqn.params["feature_group_count"]
     channel = spec.lhs_spec[1]
-    met = []
+    met, kept = [], []
     for t in terms:
+        if all(d < 0 for d in t.dims):
+            kept.append(t)
+            continue
         if {d for d in t.dims if d >= 0} != {channel}:
             f.fix([t], "it differs along axes that a convolution moves over")
             continue
@@ -81,7 +84,7 @@ def _met_conv(f: Flow, p: Product, terms: list[Term]) -> tuple[list[Term], list[
         wide = np.moveaxis(t.ids, t.dims.index(channel), -1)[..., at]
         others = [d for d in t.dims if d != channel]
         met.append(term([*others, spec.rhs_spec[0], spec.rhs_spec[1]], wide))
-    return met, []
+    return met, kept
 
 
 def _between(f: Flow, node: Node) -> Fields:

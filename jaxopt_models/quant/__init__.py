@@ -1,6 +1,8 @@
 """Quantization: number formats as encoders, ranges, solvers, training, search."""
 
 from .._links import links as links
+from ._adaround import AdaRound as AdaRound
+from ._adaround import adaround as adaround
 from ._allocate import allocate_bits as allocate_bits
 from ._awq import AWQ as AWQ
 from ._bias import correct_bias as correct_bias

@@ -18,7 +18,7 @@ from ._grid import Grid
 from ._observers import whole_range
 from ._rows import check_roles
 from ._scaled import SCALES, Scaled
-from ._solver import _Outputs
+from ._solver import Outputs
 
 # The largest part that is clipped off, and the number of factors on the way, as in the paper.
 _LEAST, _SHRINKS = 0.5, 10
@@ -136,7 +136,7 @@ class _Layer:
         self.fine = self.m.out == self.true.out  # else one grid serves all columns
         self.x = self.true.view(w.astype(wide_dtype(w.dtype)))
         self.keep = None if keep is None else self.true.view(keep)
-        self.outputs = _Outputs(stats.groups, self.true)
+        self.outputs = Outputs(stats.groups, self.true)
         self.gram = self.outputs.grams(stats.states["gram"])
         squares = jnp.diagonal(stats.states["gram"], axis1=-2, axis2=-1)
         known = dataclasses.replace(stats, states={**stats.states, "l2": squares})

@@ -43,8 +43,8 @@ def equalize(
       params: its dense parameters, statistics included.
       *args: other arguments, for shapes and for the check that ``fn`` returns the same.
       iterations: most visits of each pair.
-      only: regular expression on paths of kernels that take channels in; those that match are
-        equalised, and have to be. Default: all that can be.
+      only: regular expression on paths of kernels that take channels in; those that match, and
+        others that share their input, are equalised, and have to be. Default: all that can be.
 
     Returns:
       New parameters: ``fn`` of them is what it was.

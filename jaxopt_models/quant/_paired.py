@@ -14,7 +14,8 @@ from .._accelerate import Simulating
 from .._calibrating import Calibrating, Ledger, Use, merged
 from .._tracked import dense, track
 from .._walk import Emitted
-from ._parts import Part, Unit
+from ._flat import Unit
+from ._parts import Part
 
 
 class Compiled:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import types
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -17,28 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .._call import Frame, take_apart, trace
 from .._deferred import LAYOUT
-from .._jaxpr import bind, bodies, inner, is_literal, scan_counts
+from .._jaxpr import bodies, is_literal
 from .._tracked import origins_of
+from ._flat import Flat, Unit, laid_out, like
 
-_ENTERED = {"jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
 _SAME = LAYOUT | {"convert_element_type", "copy", "name", "pvary", "sharding_constraint"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A parameter, or one layer of a stacked one."""
-
-    path: str
-    layer: int | None = None
-
-    @property
-    def name(self) -> str:
-        """What it is called in messages."""
-        return self.path if self.layer is None else f"{self.path}[{self.layer}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +74,12 @@ class Layout:
         apart = False
         while True:
             args = [
-                [_like(a, 1)] * a.shape[0] if apart and p in stacked else _like(a, 0)
+                [like(a, 1)] * a.shape[0] if apart and p in stacked else like(a, 0)
                 for p, a in zip(paths, avals[:n], strict=True)
             ]
-            flat, stacks = _Flat(wanted), [p if p in stacked else None for p in paths]
-            run = functools.partial(_laid_out, flat, program, stacks)
-            closed = jax.make_jaxpr(run)(args, [_like(a, 0) for a in avals[n:]])
+            flat, stacks = Flat(wanted), [p if p in stacked else None for p in paths]
+            run = functools.partial(laid_out, flat, program, stacks)
+            closed = jax.make_jaxpr(run)(args, [like(a, 0) for a in avals[n:]])
             stacked &= flat.layered - flat.whole
             if apart and not flat.whole:
                 break
@@ -208,104 +193,6 @@ def layouts(
 
 def _shape(x: Any) -> Any:
     return tuple(x.shape), jnp.dtype(x.dtype) if hasattr(x, "dtype") else None
-
-
-def _like(aval: Any, without: int) -> Any:
-    """Returns the type of an array, without some of its first axes."""
-    return jax.ShapeDtypeStruct(aval.shape[without:], aval.dtype, weak_type=aval.weak_type)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stack:
-    """A parameter whose first axis may be one of layers: a list of these, or not yet apart."""
-
-    path: str
-    value: Any
-
-
-def _laid_out(
-    flat: _Flat, program: Any, stacks: Sequence[str | None], params: list[Any], data: list[Any]
-) -> list[Any]:
-    pairs = zip(stacks, params, strict=True)
-    given = [x if path is None else _Stack(path, x) for path, x in pairs]
-    out = flat.run(program.jaxpr, program.consts, [*given, *data])
-    return [x for x in out if not isinstance(x, _Stack)]
-
-
-class _Flat:
-    """Runs a jaxpr and enters what it calls.
-
-    Args:
-      wanted: paths for which a loop is run layer by layer.
-
-    Attributes:
-      layered: paths of stacks that such a loop runs over.
-      whole: those of stacks that are used otherwise.
-    """
-
-    def __init__(self, wanted: Collection[str]):
-        self.wanted = wanted
-        self.layered: set[str] = set()
-        self.whole: set[str] = set()
-
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """Returns the outputs of a jaxpr."""
-        env: dict[Any, Any] = {}
-
-        def read(v: Any) -> Any:
-            return v.val if is_literal(v) else env[v]
-
-        env.update(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            operands = list(map(read, eqn.invars))
-            if eqn.primitive.name in _ENTERED:
-                found = self.run(*inner(eqn.params), operands)
-            elif eqn.primitive.name == "scan" and self._over_layers(eqn, operands):
-                found = self._layers(eqn, operands)
-            else:
-                found = bind(eqn, list(map(self._together, operands)))
-            env.update(zip(eqn.outvars, found, strict=True))
-        return list(map(read, jaxpr.outvars))
-
-    def _together(self, x: Any) -> Any:
-        if not isinstance(x, _Stack):
-            return x
-        self.whole.add(x.path)
-        return jnp.stack(x.value) if isinstance(x.value, list) else x.value
-
-    def _over_layers(self, eqn: Any, operands: Sequence[Any]) -> bool:
-        stacks = [x for x in operands[sum(scan_counts(eqn.params)) :] if isinstance(x, _Stack)]
-        return any(x.path in self.wanted for x in stacks)
-
-    def _layers(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        """Runs a loop over stacked layers, iteration by iteration once they are apart."""
-        p = eqn.params
-        n, m = scan_counts(p)
-        fixed, xs = list(map(self._together, operands[: n + m])), operands[n + m :]
-        self.layered |= {x.path for x in xs if isinstance(x, _Stack)}
-        if any(isinstance(x, _Stack) and not isinstance(x.value, list) for x in xs):
-            return bind(eqn, [*fixed, *(x.value if isinstance(x, _Stack) else x for x in xs)])
-        consts, carry = fixed[:n], fixed[n:]
-        order = range(p["length"])
-        ys = []
-        for i in reversed(order) if p["reverse"] else order:
-            here = [
-                x.value[i] if isinstance(x, _Stack) else lax.index_in_dim(x, i, keepdims=False)
-                for x in xs
-            ]
-            out = self.run(*inner(p), [*consts, *carry, *here])
-            carry = out[:m]
-            ys.append(out[m:])
-        if p["reverse"]:
-            ys.reverse()
-        # What the body hands back as it came is the parameter still; nnx returns all of them.
-        stacks = [x for x in xs if isinstance(x, _Stack)]
-        found = []
-        for layers in zip(*ys, strict=True):
-            same = [s for s in stacks if all(map(operator.is_, s.value, layers))]
-            found.append(same[0] if same else jnp.stack(layers))
-        return [*carry, *found]
 
 
 def _key(jaxpr: Any) -> Any:

@@ -22,8 +22,8 @@ from .._paths import Parameter, flatten
 from .._progress import bar
 from .._recipe import Decision, Rule, decide
 from .._resume import claim, digest
+from ._flat import Unit
 from ._paired import Compiled
-from ._parts import Unit
 from ._stages import Stages
 
 

@@ -42,8 +42,8 @@ def smooth(
       stats: of :func:`jaxopt_models.calibrate`, with ``absmax``.
       args: tuple of other arguments, for shapes and for the check that ``fn`` returns the same.
       alpha: how much of the difference moves into the weights, 0 to 1.
-      only: regular expression on paths of kernels that take channels in; those that match are
-        smoothed, and have to be. Default: all that can be.
+      only: regular expression on paths of kernels that take channels in; those that match, and
+        others that share their input, are smoothed, and have to be. Default: all that can be.
 
     Returns:
       New parameters: ``fn`` of them is what it was.

@@ -102,7 +102,7 @@ class Solver(Encoder):
         """Encodes one core tensor: grids first, then codes for each group of outputs."""
         fmt, true = self.format, Matrix(tuple(w.shape), axes.out)
         m = fmt.matrix(w, axes)
-        outputs = _Outputs(stats.groups, true)
+        outputs = Outputs(stats.groups, true)
         gram = outputs.grams(stats.states["gram"])
         x = true.view(w.astype(wide_dtype(w.dtype)))
         if "drift" in stats.states:
@@ -125,7 +125,7 @@ class Solver(Encoder):
         return fmt.pack(codes, grid, m, w.dtype)
 
 
-class _Outputs:
+class Outputs:
     """Columns sorted by the inputs they see.
 
     Args:

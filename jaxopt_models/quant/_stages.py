@@ -11,8 +11,9 @@ from .._calibrating import Ledger, merged
 from .._call import name_of, take_apart
 from .._progress import logger
 from .._walk import Emitted
+from ._flat import Unit
 from ._paired import Compiled, Reader
-from ._parts import Layout, Part, Unit, layouts
+from ._parts import Layout, Part, layouts
 
 
 class Model(Protocol):

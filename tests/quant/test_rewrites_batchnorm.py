@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 import jaxopt_models as jom
-from jaxopt_models import quant
+from jaxopt_models import models, quant
 
 RNG = np.random.default_rng(3)
 
@@ -195,6 +195,31 @@ def test_nnx():
     assert not jnp.any(new["norm"]["mean"][...]) and jnp.any(params["norm"]["mean"][...])
     found = quant.reestimate_batchnorm(fn, params, [(x,)])
     assert not np.array_equal(found["norm"]["mean"][...], params["norm"]["mean"][...])
+
+
+@pytest.mark.full
+def test_inverted_bottlenecks():
+    model = models.EfficientNetLite0(
+        stages=((1, 3, 1, 1, 8), (2, 5, 2, 6, 12)), stem=8, head=24, classes=5
+    )
+    x = normal(2, 32, 32, 3)
+    fn, params = jom.functional((model, drawn(jax.jit(model.init)(jax.random.key(0), x))))
+    new = quant.fold_batchnorm(fn, params, x)
+    run = jax.jit(fn)
+    assert relative(run(params, x), run(new, x)) < 1e-5
+    even = quant.equalize(fn, new, x)
+    assert relative(run(params, x), run(even, x)) < 1e-5
+    notes = {row["consumer"]: row["note"] for row in quant.links(fn, new, x)}
+    # ReLU6 clips what a factor would move; where a block narrows there is none.
+    assert "clipped by a constant (min" in notes["blocks_1/depthwise/kernel"]
+    assert "clipped by a constant (min" in notes["blocks_1/project/kernel"]
+    assert not notes["blocks_2/expand/kernel"]
+    p = even["params"]
+    assert p["blocks_0"]["depthwise"]["kernel"] is new["params"]["blocks_0"]["depthwise"]["kernel"]
+    small = jom.compress(even, [jom.Rule(".*/kernel", quant.Int(bits=4))])
+    found = quant.reestimate_batchnorm(fn, even, [(x,)], small=small)
+    errors = [relative(run(params, x), run(jom.materialize(v), x)) for v in (small, found)]
+    assert errors[1] < errors[0]
 
 
 def test_statistics_are_those_of_training():
