@@ -62,14 +62,13 @@ def lenet(seed: int, *, epochs: int = 20, quick: bool = False) -> Trained:
 def output_errors(trained: Trained, small: Any, n: int = 1024) -> dict[str, float]:
     """Returns the relative mean squared error of the product of each kernel on fresh inputs."""
     x = jnp.asarray(trained.images.train_images[-n:])
-    names = [f"{layer}/kernel" for layer in trained.params]
-    found = {}
     stats = jom.calibrate(trained.apply, trained.params, [(x,)], ["gram"])
-    dense = trained.params
-    for name in names:
-        layer, _ = name.split("/")
-        w = np.asarray(dense[layer]["kernel"], np.float64)
-        d = w - np.asarray(jom.materialize(small)[layer]["kernel"], np.float64)
+    rebuilt = jom.materialize(small)
+    found = {}
+    for layer in trained.params:
+        name = f"{layer}/kernel"
+        w = np.asarray(trained.params[layer]["kernel"], np.float64)
+        d = w - np.asarray(rebuilt[layer]["kernel"], np.float64)
         gram = np.asarray(stats[name].gram, np.float64)
         found[name] = float(np.sum(d * (gram @ d)) / np.sum(w * (gram @ w)))
     return found

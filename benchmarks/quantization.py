@@ -6,6 +6,9 @@ import logging
 import statistics
 from typing import Any
 
+import jax
+import numpy as np
+
 import jaxopt_models as jom
 from jaxopt_models import quant
 
@@ -15,7 +18,7 @@ from ._rows import Row, mean_row
 logger = logging.getLogger(__name__)
 
 
-def solved(trained: Trained, encoder: jom.Encoder, *, biases: bool = False) -> Any:
+def solved(trained: Trained, encoder: jom.Encoder) -> Any:
     """Compresses all kernels, with the statistics that the encoder wants."""
     recipe = [jom.Rule(".*/kernel", encoder)]
     stats = None
@@ -45,9 +48,6 @@ def one_seed(seed: int, *, quick: bool) -> dict[str, float]:
 
 def accuracy_of(trained: Trained, predict: Any) -> float:
     """Returns the accuracy of a function of images, in %."""
-    import jax
-    import numpy as np
-
     x, y = trained.images.test_images, trained.images.test_labels
     predict = jax.jit(predict)
     right = [

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ._axes import Axes
 from ._calibrating import Calibrating, Ledger, States, merged, neutral, statistic
-from ._call import Frame, check_function, name_of, take_apart, trace
+from ._call import Frame, check_batch, check_function, name_of, no_batch, on_data, trace
 from ._encoded import is_encoded
 from ._options import whole
 from ._paths import flatten
@@ -178,14 +178,7 @@ def calibrate(
     total = len(batches) if hasattr(batches, "__len__") else None
     with bar("calibrate", total, show=progress) as step:
         for batch in batches:
-            if not isinstance(batch, tuple):
-                raise TypeError(
-                    f"calibrate: a batch is {type(batch).__name__}; give the tuple of the "
-                    "arguments after params: [(x,) for x in ...]"
-                )
-            frame, arrays = take_apart(params, batch, {})
-            if any(isinstance(a, jax.core.Tracer) for a in arrays):
-                raise TypeError("calibrate runs on data: call it outside of jit, grad and vmap")
+            frame, arrays = on_data(params, check_batch(batch, "calibrate"), "calibrate")
             if kept is None:
                 shapes = jax.eval_shape(functools.partial(add, frame), arrays, None)
                 empty = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
@@ -193,7 +186,7 @@ def calibrate(
             kept = (compiled if frame.hashable() else add)(frame, arrays, kept)
             step("")
     if kept is None:
-        raise ValueError("calibrate: there is no batch; give at least one tuple of arguments")
+        raise no_batch("calibrate")
     return assembled(params, kept, ledger, recipe, name_of(fn))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,37 @@ def take_apart(params: Any, args: Any, kwargs: Any) -> tuple[Frame, list[Any]]:
     rest = tuple((i, v) for i, v in enumerate(values) if not isinstance(v, _ARRAYS))
     kinds = tuple((type(v), repr(v) if isinstance(v, (float, complex)) else "") for _, v in rest)
     return Frame(treedef, rest, kinds), [v for v in values if isinstance(v, _ARRAYS)]
+
+
+def on_data(params: Any, args: Any, who: str) -> tuple[Frame, list[Any]]:
+    """Returns what :func:`take_apart` does, of a call that needs values, not tracers."""
+    frame, arrays = take_apart(params, args, {})
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        raise TypeError(f"{who} runs on data: call it outside of jit, grad and vmap")
+    return frame, arrays
+
+
+def check_batch(batch: Any, who: str) -> tuple[Any, ...]:
+    """Returns a batch, the tuple of the arguments after the parameters."""
+    if not isinstance(batch, tuple):
+        raise TypeError(
+            f"{who}: a batch is {type(batch).__name__}; give the tuple of the arguments after "
+            "params: [(x,) for x in ...]"
+        )
+    return batch
+
+
+def check_batches(batches: Iterable[Any], who: str) -> list[tuple[Any, ...]]:
+    """Returns batches as a list, of which there is one at least."""
+    found = [check_batch(b, who) for b in batches]
+    if not found:
+        raise no_batch(who)
+    return found
+
+
+def no_batch(who: str) -> ValueError:
+    """Returns the error for batches that are none."""
+    return ValueError(f"{who}: there is no batch; give at least one tuple of arguments")
 
 
 @dataclasses.dataclass(frozen=True)

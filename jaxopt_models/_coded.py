@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from ._axes import Matrix
 from ._bits import has_planes, pack_codes, packed_layout, unpack_codes
-from ._encoded import Encoded, is_encoded
+from ._encoded import Encoded, faults, is_encoded, rebuilt
 
 
 class Coded(Encoded):
@@ -100,7 +100,7 @@ class Coded(Encoded):
         if self.codes.dtype != dtype or tuple(self.codes.shape) != self.stack + shape:
             have = f"{self.codes.dtype}{list(self.codes.shape)}"
             wrong.append(f"codes are {have}, not {dtype}{list(self.stack + shape)}")
-        meaning = self.meaning.materialize() if is_encoded(self.meaning) else self.meaning
+        meaning = rebuilt(self.meaning)
         if not np.all(np.isfinite(meaning)):
             wrong.append(f"{name} holds NaN or Inf")
-        return wrong + (self.meaning.check() if is_encoded(self.meaning) else [])
+        return wrong + faults(self.meaning)

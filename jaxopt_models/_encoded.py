@@ -270,6 +270,21 @@ def is_encoded(x: Any) -> bool:
     return isinstance(x, Encoded)
 
 
+def rebuilt(part: Any) -> Any:
+    """Returns the array of a part of a leaf, which may be a leaf."""
+    return part.materialize() if is_encoded(part) else part
+
+
+def divided(part: Any, spec: Any, local: tuple[int, ...]) -> Any:
+    """Returns :meth:`Encoded.specs` of a part that is divided as its tensor."""
+    return part.specs(spec, local) if is_encoded(part) else spec
+
+
+def faults(part: Any) -> list[str]:
+    """Returns :meth:`Encoded.check` of a part that may be a leaf."""
+    return part.check() if is_encoded(part) else []
+
+
 def materialize(tree: Any) -> Any:
     """Rebuilds every compressed parameter of a tree: the meaning of that tree.
 
@@ -286,7 +301,7 @@ def materialize(tree: Any) -> Any:
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
     """
-    return jax.tree.map(lambda x: x.materialize() if is_encoded(x) else x, tree, is_leaf=is_encoded)
+    return jax.tree.map(rebuilt, tree, is_leaf=is_encoded)
 
 
 @leaf
@@ -330,7 +345,7 @@ class Masked(Encoded):
         axes = [*spec, *[None] * (self.ndim - len(spec))]
         if axes and axes[-1] is not None and local[-1] % 8:
             return None
-        values = self.values.specs(spec, local) if is_encoded(self.values) else spec
+        values = divided(self.values, spec, local)
         mask = PartitionSpec(*axes)
         return None if values is None else dataclasses.replace(self, mask=mask, values=values)
 
@@ -341,7 +356,7 @@ class Masked(Encoded):
 
     def rebuild(self) -> jax.Array:
         """Applies the mask to the values of one core tensor."""
-        values = self.values.materialize() if is_encoded(self.values) else self.values
+        values = rebuilt(self.values)
         return jnp.where(self.keep(), values, jnp.zeros((), values.dtype))
 
     def _drops_values(self) -> bool:
@@ -360,4 +375,4 @@ class Masked(Encoded):
             wrong.append(f"values have shape {self.values.shape}, the mask says {self.shape}")
         elif not wrong and not is_encoded(self.values) and self._drops_values():
             wrong.append("values are not zero where the mask drops them")
-        return wrong + (self.values.check() if is_encoded(self.values) else [])
+        return wrong + faults(self.values)

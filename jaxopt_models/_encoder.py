@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ._axes import Axes
 from ._bits import is_concrete
-from ._encoded import Encoded, Masked, is_encoded
+from ._encoded import Encoded, Masked, is_encoded, rebuilt
 from ._latent import Latent, holds_latent
 from ._options import Brief
 
@@ -171,7 +171,7 @@ class Encoder(Brief):
         if keep is not None:
             check_keep(keep, old.shape)
         mask = old.keep() if keep is None else jnp.logical_and(old.keep(), keep)
-        values = old.values.materialize() if is_encoded(old.values) else old.values
+        values = rebuilt(old.values)
         new = self._encode(values, axes=axes, keep=mask, stats=stats, key=key)
         if isinstance(new, Masked):
             if is_encoded(old.values):
@@ -234,7 +234,7 @@ def check_tensor(w: Any) -> None:
     if math.prod(w.shape) == 0:
         raise ValueError(f"the tensor is empty, shape {tuple(w.shape)}; keep it dense (None)")
     # Under a trace even the count of a constant is not known yet.
-    bad = _not_finite(w) if is_concrete(w) else 0
+    bad = not_finite(w) if is_concrete(w) else 0
     if is_concrete(bad) and int(bad):
         raise ValueError(
             f"{int(bad)} of {math.prod(w.shape)} entries are NaN or Inf; repair the weights first "
@@ -243,5 +243,6 @@ def check_tensor(w: Any) -> None:
 
 
 @jax.jit
-def _not_finite(w: jax.Array) -> jax.Array:
+def not_finite(w: jax.Array) -> jax.Array:
+    """Counts NaN and Inf."""
     return jnp.sum(~jnp.isfinite(w))

@@ -25,10 +25,8 @@ from ._call import Program
 from ._fixed import LINEAR as LINEAR
 from ._fixed import Ref, fixed, sliced
 from ._fixed import paths_of as paths_of
-from ._jaxpr import inner, is_literal, scan_counts, scope_of
+from ._jaxpr import CALLS, inner, interpret, scan_counts, scope_of
 from ._tracked import Origin, Tracked, is_tracked
-
-CALLS = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,17 +102,7 @@ class Graph:
         return node.outs
 
     def _run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = {}
-
-        def read(v: Any) -> Any:
-            return Tracked(v.val) if is_literal(v) else env[v]
-
-        env.update(zip(jaxpr.constvars, map(Tracked, consts), strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            found = self._apply(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, found, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return interpret(jaxpr, list(map(Tracked, consts)), args, self._apply, number=Tracked)
 
     def _body(
         self, eqn: Any, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]

@@ -52,6 +52,42 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+#: Primitives that only call what is inside them.
+CALLS = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
+
+
+def interpret(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    apply: Callable[[Any, list[Any]], Sequence[Any]],
+    *,
+    number: Callable[[Any], Any] = lambda x: x,
+) -> list[Any]:
+    """Runs the equations of a jaxpr in order.
+
+    Args:
+      jaxpr: the program.
+      consts: what its constants are.
+      args: what it is applied to.
+      apply: from an equation and its operands to its outputs.
+      number: from a number written into an equation to the operand that it is.
+
+    Returns:
+      The outputs.
+    """
+    env: dict[Any, Any] = {}
+
+    def read(v: Any) -> Any:
+        return number(v.val) if is_literal(v) else env[v]
+
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        env.update(zip(eqn.outvars, apply(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
 def scope_of(*eqns: Any) -> str:
     """Returns the name scope of the last equation, inside the bodies of those before it."""
     return "/".join(s for s in (str(e.source_info.name_stack) for e in eqns) if s)

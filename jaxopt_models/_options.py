@@ -55,6 +55,30 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
     return found
 
 
+def width(value: Any, name: str, *, least: int = 2) -> int:
+    """Returns the width of a code, ``least`` to 8 bits.
+
+    Raises:
+      TypeError: naming the option, if it is no whole number.
+      ValueError: naming it, if it is out of range.
+    """
+    found = whole(value, name)
+    if not least <= found <= 8:
+        raise ValueError(f"{name}={found!r} is not a width of {least} to 8")
+    return found
+
+
+def flag(value: Any, name: str) -> bool:
+    """Returns a truth value.
+
+    Raises:
+      TypeError: naming the option, if it is neither ``True`` nor ``False``.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is neither True nor False")
+    return value
+
+
 def portion(value: Any, name: str, *, closed: bool = False) -> float:
     """Returns a number in [0, 1), or [0, 1] if ``closed``, as `float`, NumPy's included.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ._axes import Axes
 from ._bits import array_bits
 from ._compress import encode
-from ._encoded import Encoded, is_encoded
+from ._encoded import Encoded, is_encoded, rebuilt
 from ._paths import Parameter, flatten
 from ._recipe import Decision, Rule, decide
 from ._table import Table
@@ -186,8 +186,8 @@ def match_paths(params: Any, leaves: Sequence[Parameter], *, who: str) -> dict[s
 def _error(w: Any, x: Any) -> float | None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    got = (x.materialize() if is_encoded(x) else jnp.asarray(x)).astype(jnp.float32)
-    want = (w.materialize() if is_encoded(w) else jnp.asarray(w)).astype(jnp.float32)
+    got = jnp.asarray(rebuilt(x)).astype(jnp.float32)
+    want = jnp.asarray(rebuilt(w)).astype(jnp.float32)
     norm = jnp.linalg.norm(want.reshape(-1))
     miss = jnp.linalg.norm((want - got).reshape(-1))
     return float(jnp.where(norm > 0, miss / jnp.where(norm > 0, norm, 1), miss))

@@ -14,7 +14,7 @@ from ._axes import Axes
 from ._bits import pack_bits
 from ._chain import Chain
 from ._compress import encode
-from ._encoded import Encoded, Masked, is_encoded
+from ._encoded import Encoded, Masked, is_encoded, rebuilt
 from ._encoder import Encoder, check_keep, check_tensor
 from ._latent import Latent
 from ._paths import flatten
@@ -121,7 +121,7 @@ def _latent(encoder: Encoder, w: Any, axes: Any, keep: Any, stats: Any, key: Any
             kept = w.keep()
             keep = kept if keep is None or kept is None else jnp.logical_and(kept, keep)
         values = w.values if isinstance(w, Masked) else w.w if isinstance(w, Latent) else w
-        w = values.materialize() if is_encoded(values) else values
+        w = rebuilt(values)
     check_tensor(w)
     w, given = jnp.asarray(w), axes
     axes = (axes or Axes()).resolve(w.ndim)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._call import Program, check_function, name_of, take_apart, trace
+from ._call import Program, check_function, name_of, on_data, trace
 from ._encoded import is_encoded
 from ._graph import Graph
 from ._paths import flatten
@@ -52,12 +52,15 @@ class Traced:
         return lambda values: compiled(values, arguments)
 
 
+def values_of(params: Any) -> dict[str, Any]:
+    """Returns the arrays and leaves of a tree by path."""
+    return {p.path: p.value for p in flatten(params)[0] if hasattr(p.value, "shape")}
+
+
 def traced(fn: Callable[..., Any], params: Any, args: Sequence[Any], who: str) -> Traced:
     """Traces a call for a rewrite, which needs dense arrays."""
     check_function(fn, who)
-    frame, arrays = take_apart(params, args, {})
-    if any(isinstance(a, jax.core.Tracer) for a in arrays):
-        raise TypeError(f"{who} works on data: call it outside of jit, grad and vmap")
+    frame, arrays = on_data(params, args, who)
     leaves, unflatten = flatten(params)
     compressed = [p for p in leaves if is_encoded(p.value)]
     if compressed:
@@ -66,7 +69,7 @@ def traced(fn: Callable[..., Any], params: Any, args: Sequence[Any], who: str) -
             "parameters first, then compress"
         )
     program = trace(fn, frame, arrays, who=who, every=True)
-    values = {p.path: p.value for p in leaves if hasattr(p.value, "shape")}
+    values = values_of(params)
 
     def rebuild(new: dict[str, Any]) -> Any:
         return unflatten([new.get(p.path, p.value) for p in leaves])

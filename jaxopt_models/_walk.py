@@ -45,7 +45,7 @@ import jax.numpy as jnp
 
 from . import _bodies
 from ._deferred import ARITHMETIC, ENTRYWISE, LAYOUT, deferred, dynamic_slice, several, stacked
-from ._jaxpr import bind, is_literal
+from ._jaxpr import bind, interpret, is_literal
 from ._kernels import pick
 from ._products import Product, multiply_adds, product_of
 from ._roles import Roles, roles
@@ -95,26 +95,19 @@ class Walk:
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a jaxpr; an output that is an untouched leaf stays one."""
-        env: dict[Any, Any] = {}
-
-        def read(v: Any) -> Any:
-            return v.val if is_literal(v) else env[v]
-
         # Constants hang on no data: arithmetic of a parameter with one is still deferred.
-        env.update(zip(jaxpr.constvars, map(Tracked, consts), strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            operands = [read(v) for v in eqn.invars]
-            if any(map(is_tracked, operands)) or self.wants(eqn):
-                rule = self.rules.get(eqn.primitive.name, type(self).meet)
-                found = rule(self, eqn, operands)
-            else:
-                found = bind(eqn, operands)
-                if all(map(is_literal, eqn.invars)):  # as iota: a constant, too
-                    found = [Tracked(x) for x in found]
-            self.after(eqn, found)
-            env.update(zip(eqn.outvars, found, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return interpret(jaxpr, list(map(Tracked, consts)), args, self._apply)
+
+    def _apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        if any(map(is_tracked, operands)) or self.wants(eqn):
+            rule = self.rules.get(eqn.primitive.name, type(self).meet)
+            found = rule(self, eqn, operands)
+        else:
+            found = bind(eqn, operands)
+            if all(map(is_literal, eqn.invars)):  # as iota: a constant, too
+                found = [Tracked(x) for x in found]
+        self.after(eqn, found)
+        return found
 
     def wants(self, eqn: Any) -> bool:
         """Says whether an equation without a tracked operand has to go by its rule."""

@@ -13,7 +13,7 @@ import numpy as np
 from .._axes import Axes, Matrix
 from .._bits import is_concrete, pack_codes, wide_dtype
 from .._encoder import Encoder
-from .._options import whole
+from .._options import whole, width
 from ._clustered import Clustered
 from ._lloyd import assign, lloyd
 
@@ -62,10 +62,8 @@ class KMeans(Encoder):
     iterations: int = 300
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", whole(self.bits, "KMeans: bits"))
+        object.__setattr__(self, "bits", width(self.bits, "KMeans: bits", least=1))
         object.__setattr__(self, "iterations", whole(self.iterations, "KMeans: iterations"))
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"KMeans: bits={self.bits!r} is not a width of 1 to 8")
         if self.per not in ("leaf", "channel"):
             raise ValueError(f"KMeans: per={self.per!r} is neither 'leaf' nor 'channel'")
         if self.start not in ("linear", "density", "random"):

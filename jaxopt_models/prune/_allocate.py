@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .._axes import Axes
 from .._bits import wide_dtype
 from .._compress import named
-from .._encoded import is_encoded
+from .._encoded import rebuilt
 from .._encoder import check_tensor
 from .._options import pattern, portion
 from .._paths import flatten
@@ -63,7 +63,7 @@ def allocate_global(
         )
     scores = []
     for p in chosen:
-        w = p.value.materialize() if is_encoded(p.value) else p.value
+        w = rebuilt(p.value)
         with named(f"allocate_global: {p.path}"):
             check_tensor(w)
         scores.append(jnp.abs(w.astype(wide_dtype(w.dtype))))

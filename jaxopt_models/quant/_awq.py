@@ -12,11 +12,11 @@ from jax import lax
 from .._axes import Axes, Matrix
 from .._bits import wide_dtype
 from .._encoder import Encoder
-from .._options import whole
+from .._options import flag, whole
 from ._format import Format
 from ._grid import Grid
 from ._observers import whole_range
-from ._rows import check_roles
+from ._rows import check_roles, with_squares
 from ._scaled import SCALES, Scaled
 from ._solver import Outputs
 
@@ -84,8 +84,7 @@ class AWQ(Encoder):
         if not isinstance(self.fmt, Format):
             raise TypeError(f"AWQ: fmt={self.fmt!r} is no format; give one such as Int(bits=4)")
         object.__setattr__(self, "steps", whole(self.steps, "AWQ: steps", least=1))
-        if not isinstance(self.clip, bool):
-            raise TypeError(f"AWQ: clip={self.clip!r} is neither True nor False")
+        flag(self.clip, "AWQ: clip")
         if self.scale not in SCALES:
             raise ValueError(f"AWQ: scale={self.scale!r} is none of {', '.join(SCALES)}")
 
@@ -99,8 +98,6 @@ class AWQ(Encoder):
         check_roles(stats, axes, w.ndim, "AWQ")
         if "gram" not in stats.states:
             raise ValueError(f"AWQ needs the statistic 'gram'; it was given {stats.names}")
-        if inner := {axis for axis, _ in stats.groups} - set(axes.out):
-            raise ValueError(f"AWQ: inputs differ along axes {sorted(inner)}, which are no outputs")
         layer = _Layer(self.fmt, w, axes, keep, stats)
         ratios = jnp.arange(self.steps, dtype=layer.x.dtype) / self.steps
 
@@ -138,10 +135,9 @@ class _Layer:
         self.keep = None if keep is None else self.true.view(keep)
         self.outputs = Outputs(stats.groups, self.true)
         self.gram = self.outputs.grams(stats.states["gram"])
-        squares = jnp.diagonal(stats.states["gram"], axis1=-2, axis2=-1)
-        known = dataclasses.replace(stats, states={**stats.states, "l2": squares})
+        known = with_squares(stats)
         self.weight = fmt.weights(known, keep, self.m, axes)
-        size = jnp.sqrt(jnp.mean(jnp.maximum(squares.reshape(-1, self.true.rows), 0), axis=0))
+        size = jnp.sqrt(jnp.mean(known.states["l2"].reshape(-1, self.true.rows), axis=0))
         top = jnp.max(size)
         # Where nothing was seen all inputs are alike.
         self.size = jnp.where(top > 0, size / jnp.where(top > 0, top, 1), 1).astype(self.x.dtype)

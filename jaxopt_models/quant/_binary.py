@@ -12,7 +12,7 @@ import optax
 from .._bits import wide_dtype
 from .._encoded import Encoded, is_encoded
 from .._latent import Latent
-from .._options import number, pattern
+from .._options import flag, number, pattern
 from .._partition import check_trainable
 from .._paths import flatten
 from ._table import Binary
@@ -60,10 +60,7 @@ class BinaryConnect(Binary):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.stochastic, bool):
-            raise TypeError(
-                f"BinaryConnect: stochastic={self.stochastic!r} is neither True nor False"
-            )
+        flag(self.stochastic, "BinaryConnect: stochastic")
         if not self.unit:
             raise ValueError("BinaryConnect: unit=False; use Binary() for signs with a scale")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .._bits import pack_codes, wide_dtype
 from .._encoded import Encoded
 from .._encoder import Encoder
-from .._options import whole
+from .._options import width
 from ._grid import divide, positive, quotient
 from ._quantized import Quantized
 from ._table import Binary
@@ -51,9 +51,7 @@ class DoReFa(Encoder):
     bits: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", whole(self.bits, "DoReFa: bits"))
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"DoReFa: bits={self.bits!r} is not a width of 1 to 8")
+        object.__setattr__(self, "bits", width(self.bits, "DoReFa: bits", least=1))
 
     @property
     def _top(self) -> int:
@@ -140,9 +138,7 @@ def round_gradient(
     References:
       Zhou et al., `DoReFa-Net <https://arxiv.org/abs/1606.06160>`_, 2016
     """
-    bits = whole(bits, "round_gradient: bits")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"round_gradient: bits={bits!r} is not a width of 1 to 8")
+    bits = width(bits, "round_gradient: bits", least=1)
     return rounded_back(bits, tuple(range(1, x.ndim)) if axes is None else axes, x, key)
 
 

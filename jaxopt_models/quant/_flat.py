@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._jaxpr import bind, inner, is_literal, scan_counts
-
-_ENTERED = {"jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
+from .._jaxpr import CALLS, bind, inner, interpret, scan_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +68,14 @@ class Flat:
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a jaxpr."""
-        env: dict[Any, Any] = {}
+        return interpret(jaxpr, consts, args, self._apply)
 
-        def read(v: Any) -> Any:
-            return v.val if is_literal(v) else env[v]
-
-        env.update(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            operands = list(map(read, eqn.invars))
-            if eqn.primitive.name in _ENTERED:
-                found = self.run(*inner(eqn.params), operands)
-            elif eqn.primitive.name == "scan" and self._over_layers(eqn, operands):
-                found = self._layers(eqn, operands)
-            else:
-                found = bind(eqn, list(map(self._together, operands)))
-            env.update(zip(eqn.outvars, found, strict=True))
-        return list(map(read, jaxpr.outvars))
+    def _apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        if eqn.primitive.name in CALLS:
+            return self.run(*inner(eqn.params), operands)
+        if eqn.primitive.name == "scan" and self._over_layers(eqn, operands):
+            return self._layers(eqn, operands)
+        return bind(eqn, list(map(self._together, operands)))
 
     def _together(self, x: Any) -> Any:
         if not isinstance(x, Stack):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from .._axes import Matrix
-from .._bits import pack_codes
 from ._format import Format
 from ._grid import Grid, divide, positive, power_of_two, quotient
 from ._tables import FLOATS, Table, table_of
@@ -60,16 +59,8 @@ class Tabled(Format):
 
     def pack(self, codes: jax.Array, grid: Grid, m: Matrix, dtype: Any) -> Tabulated:
         """Returns the leaf of codes."""
-        return Tabulated(
-            pack_codes(jnp.atleast_1d(m.unview(codes)), bits=self.bits, signed=False),
-            self.pack_scale(grid.scale, m),
-            core=m.core,
-            out=m.out,
-            bits=self.bits,
-            table=self.table,
-            dtype_name=str(jnp.dtype(dtype)),
-            block=self.block,
-        )
+        leaf = self.leaf(codes, grid.scale, m, dtype, bits=self.bits, signed=False)
+        return Tabulated(**leaf, table=self.table)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._axes import Axes, Matrix, divisors
-from .._bits import wide_dtype
+from .._bits import pack_codes, wide_dtype
 from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import whole
@@ -159,6 +159,20 @@ class Format(Encoder):
         grid = self.fit(x, self.weights(stats, keep, m, axes))
         codes = self.codes(x, jax.tree.map(lambda a: a[:, None, :], grid))
         return self.pack(codes.reshape(m.rows, m.columns), grid, m, w.dtype)
+
+    def leaf(
+        self, codes: jax.Array, scale: jax.Array, m: Matrix, dtype: Any, *, bits: int, signed: bool
+    ) -> dict[str, Any]:
+        """Returns what leaves of packed codes with scales have in common, by field."""
+        return {
+            "codes": pack_codes(jnp.atleast_1d(m.unview(codes)), bits=bits, signed=signed),
+            "scale": self.pack_scale(scale, m),
+            "core": m.core,
+            "out": m.out,
+            "bits": bits,
+            "dtype_name": str(jnp.dtype(dtype)),
+            "block": self.block,
+        }
 
     def place(self, per_run: jax.Array, m: Matrix) -> jax.Array:
         """Arranges what belongs to runs, `[groups, columns]`, as `[*out, groups]`."""

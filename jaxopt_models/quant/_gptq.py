@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._options import flag
 from ._format import Format
 from ._solver import Solver, factor, nearest_where_better
 
@@ -77,9 +78,7 @@ class GPTQ(Solver):
         super().__post_init__()
         if self.order not in ("activation", None):
             raise ValueError(f"GPTQ: order={self.order!r} is neither 'activation' nor None")
-        if not isinstance(self.regroup, bool):
-            raise TypeError(f"GPTQ: regroup={self.regroup!r} is neither True nor False")
-        if not self.regroup:
+        if not flag(self.regroup, "GPTQ: regroup"):
             return
         if self.order is not None:
             raise ValueError("GPTQ: regroup=True needs order=None: groups are done one by one")

@@ -12,7 +12,7 @@ from .._axes import Axes, Matrix
 from .._bits import pack_bits, wide_dtype
 from .._encoder import Encoder
 from ._rotated import Rotated, block_of, rotate
-from ._rows import check_roles
+from ._rows import check_roles, with_squares
 
 # What a statistic of rotated inputs is made of.
 _FROM = {"gram": "gram", "l2": "gram", "mean": "mean"}
@@ -100,10 +100,6 @@ class Hadamard(Encoder):
         check_roles(stats, axes, ndim, "Hadamard")
         if missing := [n for n in self.needs if n not in stats.states]:
             raise ValueError(f"{self} needs the statistics {missing}; it was given {stats.names}")
-        if inner := {axis for axis, _ in stats.groups} - set(axes.out):
-            raise ValueError(
-                f"Hadamard: inputs differ along axes {sorted(inner)}, which are no outputs"
-            )
 
 
 def _rotated(stats: Any, flips: jax.Array) -> Any:
@@ -116,8 +112,7 @@ def _rotated(stats: Any, flips: jax.Array) -> Any:
     if "gram" in stats.states:
         gram = along(along(stats.states["gram"], -1), -2)
         states["gram"] = (gram + gram.swapaxes(-1, -2)) / 2
-        # Both sums of squares; rounding may leave the least of them below zero.
-        states["l2"] = jnp.maximum(jnp.diagonal(gram, axis1=-2, axis2=-1), 0)
     if "mean" in stats.states:
         states["mean"] = along(stats.states["mean"], -1)
-    return dataclasses.replace(stats, states=states, others=())
+    found = dataclasses.replace(stats, states=states, others=())
+    return with_squares(found) if "gram" in states else found

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._axes import Matrix
-from .._bits import pack_codes
-from .._options import whole
+from .._options import flag, width
 from ._format import Format
 from ._grid import Grid, divide, positive, quotient, truncate
 from ._quantized import Quantized
@@ -71,11 +70,8 @@ class Int(Format):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        object.__setattr__(self, "bits", whole(self.bits, f"{name}: bits"))
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"{name}: bits={self.bits!r} is not a width of 2 to 8")
-        if not isinstance(self.symmetric, bool):
-            raise TypeError(f"{name}: symmetric={self.symmetric!r} is neither True nor False")
+        object.__setattr__(self, "bits", width(self.bits, f"{name}: bits"))
+        flag(self.symmetric, f"{name}: symmetric")
         super().__post_init__()
 
     @property
@@ -112,19 +108,9 @@ class Int(Format):
 
     def pack(self, codes: jax.Array, grid: Grid, m: Matrix, dtype: Any) -> Quantized:
         """Returns the leaf of codes; zero points that are no integers are kept in `float16`."""
-        zero = grid.zero
-        if zero is not None:
-            zero = self.pack_zero(zero, m)
-        return Quantized(
-            pack_codes(jnp.atleast_1d(m.unview(codes)), bits=self.bits, signed=self.symmetric),
-            self.pack_scale(grid.scale, m),
-            zero,
-            core=m.core,
-            out=m.out,
-            bits=self.bits,
-            dtype_name=str(jnp.dtype(dtype)),
-            block=self.block,
-        )
+        leaf = self.leaf(codes, grid.scale, m, dtype, bits=self.bits, signed=self.symmetric)
+        zero = None if grid.zero is None else self.pack_zero(grid.zero, m)
+        return Quantized(**leaf, zero_point=zero)
 
     def pack_zero(self, zero: jax.Array, m: Matrix) -> jax.Array:
         """Returns zero points `[groups, columns]` as a leaf keeps them: `uint8`."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._encoded import is_encoded
-from .._options import number, whole
+from .._options import flag, number, width
 from .._paths import flatten
 from ._grid import divide, positive
 from ._lsq import MeanAbs
@@ -110,9 +110,7 @@ class LearnedInput(_Observed):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("signed", "offset"):
-            if not isinstance(getattr(self, name), bool):
-                found = getattr(self, name)
-                raise TypeError(f"LearnedInput: {name}={found!r} is neither True nor False")
+            flag(getattr(self, name), f"LearnedInput: {name}")
 
     @property
     def negative(self) -> bool:
@@ -199,10 +197,8 @@ class DoReFaInput(OnInput):
         super().__post_init__()
         if self.gradient_bits is None:
             return
-        width = whole(self.gradient_bits, "DoReFaInput: gradient_bits")
-        object.__setattr__(self, "gradient_bits", width)
-        if not 1 <= width <= 8:
-            raise ValueError(f"DoReFaInput: gradient_bits={width!r} is not a width of 1 to 8")
+        found = width(self.gradient_bits, "DoReFaInput: gradient_bits", least=1)
+        object.__setattr__(self, "gradient_bits", found)
 
 
 def clip_penalty(tree: Any) -> jax.Array:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._call import Frame, name_of, take_apart, trace
+from .._call import Frame, name_of, on_data, take_apart, trace
 from .._graph import Graph
-from .._paths import flatten
+from .._rewrite import values_of
 from .._tracked import is_tracked
 from .._walk import ENTERING, Emitted, Walk
 from ._norms import Norm, norms
@@ -110,9 +110,7 @@ class Run:
         self, params: Any, batch: tuple[Any, ...], stats: dict[str, Any] | None
     ) -> dict[Key, Moments]:
         """Returns the moments of every norm's input, normalized with statistics if given."""
-        frame, arrays = take_apart(params, batch, {})
-        if any(isinstance(a, jax.core.Tracer) for a in arrays):
-            raise TypeError(f"{WHO} runs on data: call it outside of jit, grad and vmap")
+        frame, arrays = on_data(params, batch, WHO)
         found = (self.compiled if frame.hashable() else self._measure)(frame, arrays, stats)
         side: dict[Key, Moments] = {}
         for i, n in enumerate(self.norms):
@@ -161,8 +159,3 @@ class Run:
             raise ValueError(f"{WHO}: the statistics of a norm cannot be told: {why}")
         self.norms = found
         self.eps = {(n.mean, n.var): n.eps for n in found}
-
-
-def values_of(params: Any) -> dict[str, Any]:
-    """Returns the arrays and leaves of a tree by path."""
-    return {p.path: p.value for p in flatten(params)[0] if hasattr(p.value, "shape")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .._options import Brief, number, portion, whole
+from .._options import Brief, flag, number, portion, whole
 from ._entropy import BINS, entropy_range
 
 if TYPE_CHECKING:
@@ -203,8 +203,7 @@ class MSE(Observer):
         object.__setattr__(self, "power", number(self.power, "MSE: power"))
         if self.power <= 0 or self.least == 0:
             raise ValueError(f"MSE: power={self.power!r}, least={self.least!r} must be positive")
-        if not isinstance(self.weighted, bool):
-            raise TypeError(f"MSE: weighted={self.weighted!r} is neither True nor False")
+        flag(self.weighted, "MSE: weighted")
 
     @property
     def needs(self) -> tuple[str, ...]:

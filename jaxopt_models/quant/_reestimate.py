@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from .._call import check_function, name_of
+from .._call import check_batch, check_function, name_of, no_batch
 from .._options import portion
 from .._paths import flatten
-from .._rewrite import like
-from ._moments import WHO, Key, Moments, Run, values_of
+from .._rewrite import like, values_of
+from ._moments import WHO, Key, Moments, Run
 
 
 def reestimate_batchnorm(
@@ -86,7 +86,7 @@ def reestimate_batchnorm(
         if sequential:
             raise ValueError(f"{WHO}: momentum is for one batch after another, not sequential=True")
     tree, old, run = params if small is None else small, values_of(params), Run(fn)
-    batches = map(_checked, batches)
+    batches = (check_batch(b, WHO) for b in batches)
     if sequential:
         return _replaced(fn, tree, _one_by_one(run, params, small, list(batches), old))
     total, total_before = _Total(), _Total()
@@ -105,15 +105,6 @@ def reestimate_batchnorm(
                 ]
     final = kept or _statistics(run, total, None if small is None else total_before, old)
     return _replaced(fn, tree, final)
-
-
-def _checked(batch: Any) -> tuple[Any, ...]:
-    if not isinstance(batch, tuple):
-        raise TypeError(
-            f"{WHO}: a batch is {type(batch).__name__}; give the tuple of the arguments "
-            "after params: [(x,) for x in ...]"
-        )
-    return batch
 
 
 class _Total(dict[Key, Moments]):
@@ -183,7 +174,7 @@ def _statistics(
 ) -> dict[Key, Any]:
     """Returns new means and variances."""
     if not after:
-        raise ValueError(f"{WHO}: there is no batch; give at least one tuple of arguments")
+        raise no_batch(WHO)
     if before is None:
         return {k: (m.mean, m.variance) for k, m in after.items()}
     found = {}

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from .._axes import Matrix
 from .._bits import packed_length, unpack_bits, wide_dtype
-from .._encoded import Encoded, is_encoded, leaf, static
+from .._encoded import Encoded, divided, faults, leaf, rebuilt, static
 
 # Orders of Hadamard matrices that no smaller ones make, by the prime of Paley's construction.
 _PALEY = {12: 11, 20: 19, 28: 13, 36: 17}
@@ -62,7 +62,7 @@ class Rotated(Encoded):
 
     def rebuild(self) -> jax.Array:
         """Rotates the values of one core tensor back."""
-        values = self.values.materialize() if is_encoded(self.values) else self.values
+        values = rebuilt(self.values)
         m = Matrix(self.core, self.out)
         flips = unpack_bits(self.signs, m.rows)
         x = m.view(values.astype(wide_dtype(self.dtype)))
@@ -78,13 +78,13 @@ class Rotated(Encoded):
         n = len(self.stack)
         if any(axes[n + a] is not None for a in range(len(self.core)) if a not in self.out):
             return None
-        values = self.values.specs(spec, local) if is_encoded(self.values) else spec
+        values = divided(self.values, spec, local)
         signs = PartitionSpec(*axes[:n], None)
         return None if values is None else dataclasses.replace(self, values=values, signs=signs)
 
     def check(self) -> list[str]:
         """Checks the values, and the layout of the signs."""
-        wrong = self.values.check() if is_encoded(self.values) else []
+        wrong = faults(self.values)
         rows = Matrix(self.core, self.out).rows
         if tuple(self.values.shape) != self.shape:
             wrong.append(f"values have shape {self.values.shape}, the signs say {self.shape}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,6 +21,15 @@ def check_roles(stats: Any, axes: Axes, ndim: int, who: str) -> None:
             f"{who}: the statistics are of inputs of a parameter with out axes {seen}, the rule "
             f"says {axes.out}; leave axes out of the rule, or use a method without statistics"
         )
+    if inner := {axis for axis, _ in stats.groups} - set(axes.out):
+        raise ValueError(f"{who}: inputs differ along axes {sorted(inner)}, which are no outputs")
+
+
+def with_squares(stats: Any) -> Any:
+    """Adds ``l2`` to statistics with a gram, which it is the diagonal of."""
+    squares = jnp.diagonal(stats.states["gram"], axis1=-2, axis2=-1)
+    # Sums of squares; rounding of a gram may leave the least of them below zero.
+    return dataclasses.replace(stats, states={**stats.states, "l2": jnp.maximum(squares, 0)})
 
 
 def of_columns(value: jax.Array, groups: tuple[tuple[int, int], ...], m: Matrix) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from .._axes import Matrix
 from .._bits import wide_dtype
-from .._encoded import Encoded, is_encoded, leaf, static
+from .._encoded import Encoded, divided, faults, leaf, rebuilt, static
 
 SCALES = ("float16", "bfloat16", "float32")
 
@@ -55,7 +55,7 @@ class Scaled(Encoded):
 
     def rebuild(self) -> jax.Array:
         """Multiplies the values of one core tensor with the scales of their inputs."""
-        values = self.values.materialize() if is_encoded(self.values) else self.values
+        values = rebuilt(self.values)
         wide = wide_dtype(self.dtype)
         shape = [1 if a in self.out else n for a, n in enumerate(self.core)]
         return (values.astype(wide) * self.scale.astype(wide).reshape(shape)).astype(self.dtype)
@@ -67,13 +67,13 @@ class Scaled(Encoded):
         first, *others = [axes[n + a] for a in range(len(self.core)) if a not in self.out] or [None]
         if any(a is not None for a in others):
             return None  # the scales run along all inputs in order
-        values = self.values.specs(spec, local) if is_encoded(self.values) else spec
+        values = divided(self.values, spec, local)
         scale = PartitionSpec(*axes[:n], first)
         return None if values is None else dataclasses.replace(self, values=values, scale=scale)
 
     def check(self) -> list[str]:
         """Checks the values, and the shape and type of the scales, and that they are finite."""
-        wrong = self.values.check() if is_encoded(self.values) else []
+        wrong = faults(self.values)
         rows = Matrix(self.core, self.out).rows
         if tuple(self.values.shape) != self.shape:
             wrong.append(f"values have shape {self.values.shape}, the scales say {self.shape}")

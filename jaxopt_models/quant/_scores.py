@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._bits import wide_dtype
-from .._call import Frame, name_of, take_apart
+from .._call import Frame, check_batches, name_of, take_apart
 
 #: Scores `[candidates]` of tensors that stand in for the parameter with this position.
 Scorer = Callable[[int, Sequence[jax.Array]], jax.Array]
@@ -23,16 +23,7 @@ def as_batches(batches: Any, who: str) -> list[tuple[Any, ...]]:
             f"{who}: batches is {type(batches).__name__}; give a list of tuples of the arguments "
             "after params: [(x,) for x in ...]"
         )
-    found = list(batches)
-    for batch in found:
-        if not isinstance(batch, tuple):
-            raise TypeError(
-                f"{who}: a batch is {type(batch).__name__}; give the tuple of the arguments after "
-                "params: [(x,) for x in ...]"
-            )
-    if not found:
-        raise ValueError(f"{who}: there is no batch; give at least one tuple of arguments")
-    return found
+    return check_batches(batches, who)
 
 
 class Model:

@@ -14,7 +14,7 @@ import numpy as np
 from .._axes import Axes
 from .._call import check_function
 from .._compress import encode, fold, named
-from .._encoded import is_encoded
+from .._encoded import rebuilt
 from .._encoder import Encoder, check_tensor
 from .._options import pattern, whole
 from .._paths import Parameter, flatten
@@ -132,7 +132,7 @@ def sensitivity(
         )
     leaves, unflatten = flatten(params)
     chosen = _chosen(leaves, candidates, only, axes, stats)
-    values = [p.value.materialize() if is_encoded(p.value) else p.value for p in leaves]
+    values = [rebuilt(p.value) for p in leaves]
     for i in chosen:
         with named(f"sensitivity: {leaves[i].path}"):
             check_tensor(values[i])

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from .. import artifact
 from .._axes import Axes
 from .._calibrate import Stats
-from .._call import check_function
+from .._call import check_batches, check_function
 from .._compress import encode
 from .._encoded import Encoded, is_encoded
-from .._options import pattern, whole
+from .._options import flag, pattern, whole
 from .._paths import Parameter, flatten
 from .._progress import bar
 from .._recipe import Decision, Rule, decide
@@ -106,9 +106,8 @@ def sequential(
     check_function(fn, "sequential")
     gram_rows = whole(gram_rows, "sequential: gram_rows", least=0)
     same = None if group is None else pattern(group, "sequential: group")
-    if not isinstance(correct, bool):
-        raise TypeError(f"sequential: correct={correct!r} is neither True nor False")
-    batches = _checked(batches)
+    flag(correct, "sequential: correct")
+    batches = check_batches(batches, "sequential")
     leaves, unflatten = flatten(params)
     decisions = decide(leaves, recipe, who="sequential")
     options = {"correct": str(correct), "group": str(group), "gram_rows": str(gram_rows)}
@@ -126,19 +125,6 @@ def sequential(
                         model.encode(u, stats)
                 step(units[0].name)
     return unflatten([model.whole(p.path) for p in leaves])
-
-
-def _checked(batches: Any) -> list[tuple[Any, ...]]:
-    found = list(batches)
-    for batch in found:
-        if not isinstance(batch, tuple):
-            raise TypeError(
-                f"sequential: a batch is {type(batch).__name__}; give the tuple of the arguments "
-                "after params: [(x,) for x in ...]"
-            )
-    if not found:
-        raise ValueError("sequential: there is no batch; give at least one tuple of arguments")
-    return found
 
 
 class _Model:

@@ -14,12 +14,12 @@ from jax import lax
 from .._axes import Axes, Matrix
 from .._bits import is_concrete, wide_dtype
 from .._encoded import Encoded
-from .._encoder import Encoder
+from .._encoder import Encoder, not_finite
 from .._options import number
 from ..codebook._kmeans import KMeans
 from ._centroids import Centroids
 from ._format import Format
-from ._rows import check_roles, join_columns, split_columns
+from ._rows import check_roles, join_columns, split_columns, with_squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,10 @@ class Solver(Encoder):
         check_roles(stats, axes, w.ndim - axes.stack, name)
         if "gram" not in stats.states:
             raise ValueError(f"{name} needs the statistic 'gram'; it was given {stats.names}")
-        if inner := {axis for axis, _ in stats.groups} - set(axes.out):
-            raise ValueError(
-                f"{name}: inputs differ along axes {sorted(inner)}, which are no outputs"
-            )
         for n in ("gram", "drift"):
             found = stats.states.get(n)
-            bad = _broken(found) if is_concrete(found) else False
-            if is_concrete(bad) and bool(bad):
+            bad = not_finite(found) if is_concrete(found) else 0
+            if is_concrete(bad) and int(bad):
                 raise ValueError(
                     f"{name}: the {n} of the inputs holds NaN or Inf; check the batches, or the "
                     "layers before this one"
@@ -109,10 +105,8 @@ class Solver(Encoder):
             drift = outputs.grams(stats.states["drift"])
             moved = jax.vmap(corrected, in_axes=(0, 0, 0, None))
             x = outputs.join(moved(outputs.split(x), gram, drift, self.damp)).astype(x.dtype)
-        # Observers that weigh errors ask for norms of inputs, the diagonal of the gram.
-        squares = jnp.diagonal(stats.states["gram"], axis1=-2, axis2=-1)
-        known = dataclasses.replace(stats, states={**stats.states, "l2": squares})
-        weight = fmt.weights(known, keep, m, axes)
+        # Observers that weigh errors ask for norms of inputs.
+        weight = fmt.weights(with_squares(stats), keep, m, axes)
         grid = fmt.fit(fmt.runs(m.view(true.unview(x)), m), weight)
         if weight is not None:
             weight = true.view(m.unview(weight.reshape(m.rows, m.columns)))
@@ -158,11 +152,6 @@ class Outputs:
         for _ in x.shape[3:]:
             sort = jax.vmap(sort, in_axes=-1, out_axes=-1)
         return sort(x)
-
-
-@jax.jit
-def _broken(x: jax.Array) -> jax.Array:
-    return jnp.any(~jnp.isfinite(x))
 
 
 def factor(gram: jax.Array, damp: float) -> jax.Array:

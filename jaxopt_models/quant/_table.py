@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._axes import Matrix
-from .._bits import pack_codes
+from .._options import flag
 from ._float import Tabled
 from ._format import Format
 from ._grid import Grid, positive, steady
@@ -164,8 +164,7 @@ class Binary(Tabled):
     unit: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.unit, bool):
-            raise TypeError(f"Binary: unit={self.unit!r} is neither True nor False")
+        flag(self.unit, "Binary: unit")
         super().__post_init__()
 
     @property
@@ -245,13 +244,5 @@ class Ternary(Format):
 
     def pack(self, codes: jax.Array, grid: Grid, m: Matrix, dtype: Any) -> Quantized:
         """Returns the leaf of codes."""
-        return Quantized(
-            pack_codes(jnp.atleast_1d(m.unview(codes)), bits=2, signed=True),
-            self.pack_scale(grid.scale, m),
-            None,
-            core=m.core,
-            out=m.out,
-            bits=2,
-            dtype_name=str(jnp.dtype(dtype)),
-            block=self.block,
-        )
+        leaf = self.leaf(codes, grid.scale, m, dtype, bits=2, signed=True)
+        return Quantized(**leaf, zero_point=None)

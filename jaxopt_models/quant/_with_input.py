@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec
 
 from .._axes import Axes
 from .._bits import wide_dtype
-from .._encoded import Encoded, is_encoded, leaf, static
+from .._encoded import Encoded, divided, faults, is_encoded, leaf, rebuilt, static
 from .._encoder import Encoder, check_keep, check_tensor, masked
 from .._jaxpr import varying
-from .._options import whole
+from .._options import flag, width
 from .._statistics import Bins
 from ._grid import divide, positive, quotient
 from ._observers import MinMax, Observer
@@ -43,18 +43,18 @@ class Reader(Encoded):
 
     def rebuild(self) -> jax.Array:
         """Returns the values of one core tensor."""
-        return self.values.materialize() if is_encoded(self.values) else self.values
+        return rebuilt(self.values)
 
     def specs(self, spec: Any, local: tuple[int, ...]) -> Any:
         """Divides the values as the tensor, and all else with the stack."""
-        values = self.values.specs(spec, local) if is_encoded(self.values) else spec
+        values = divided(self.values, spec, local)
         grid = PartitionSpec(*[*spec][: len(self.stack)])
         rest = {k: grid for k in self.parts() if k != "values"}
         return None if values is None else dataclasses.replace(self, values=values, **rest)
 
     def check(self) -> list[str]:
         """Checks the values, and the shapes of the other parts."""
-        wrong = self.values.check() if is_encoded(self.values) else []
+        wrong = faults(self.values)
         for name, part in self.parts().items():
             if name != "values" and tuple(part.shape) != self.stack:
                 wrong.append(f"{name} has shape {tuple(part.shape)}, not {self.stack}")
@@ -152,15 +152,12 @@ class Input(Encoder):
     observer: Observer = MinMax()  # noqa: RUF009 (a frozen value)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", whole(self.bits, "Input: bits"))
+        object.__setattr__(self, "bits", width(self.bits, "Input: bits"))
         if not isinstance(self.observer, Observer):
             raise TypeError(f"Input: observer={self.observer!r} is no observer such as MSE()")
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"Input: bits={self.bits!r} is not a width of 2 to 8")
         if self.per not in ("row", "tensor", "static"):
             raise ValueError(f"Input: per={self.per!r} is not 'row', 'tensor' or 'static'")
-        if not isinstance(self.symmetric, bool):
-            raise TypeError(f"Input: symmetric={self.symmetric!r} is neither True nor False")
+        flag(self.symmetric, "Input: symmetric")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -15,7 +15,7 @@ from .._compress import fold
 from .._encoded import leaf, static
 from .._encoder import Encoder
 from .._latent import holds_latent
-from .._options import whole
+from .._options import width
 from .._paths import flatten
 from ._dorefa import rounded_back
 from ._grid import divide, positive, quotient
@@ -138,10 +138,8 @@ class OnInput(Encoder):
     bits: int
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        object.__setattr__(self, "bits", whole(self.bits, f"{name}: bits"))
-        if not self.least <= self.bits <= 8:
-            raise ValueError(f"{name}: bits={self.bits!r} is not a width of {self.least} to 8")
+        bits = width(self.bits, f"{type(self).__name__}: bits", least=self.least)
+        object.__setattr__(self, "bits", bits)
 
     @property
     def negative(self) -> bool:

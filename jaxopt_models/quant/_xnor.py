@@ -14,6 +14,7 @@ from .._axes import Axes
 from .._chain import chain
 from .._encoded import Encoded, leaf, static
 from .._encoder import Encoder
+from .._options import flag
 from ._table import Binary
 from ._with_input import Reader, inside
 
@@ -174,8 +175,7 @@ class Sign(Encoder):
     scaled: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scaled, bool):
-            raise TypeError(f"Sign: scaled={self.scaled!r} is neither True nor False")
+        flag(self.scaled, "Sign: scaled")
 
     def __call__(
         self,
