@@ -56,9 +56,17 @@ def one_line(err):
     return err
 
 
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+RUN = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("jaxopt_models", run_name="__main__", alter_sys=True)
+"""
+
+
 def child(*argv, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxopt_models", *map(str, argv)],
+        [sys.executable, "-c", RUN, *map(str, argv)],
         stdin=subprocess.DEVNULL,
         **{
             "stdout": subprocess.PIPE,
