@@ -236,7 +236,10 @@ def neighbours(w: jax.Array, fmt: Format, grid: Any) -> tuple[jax.Array, jax.Arr
     away = jnp.where(value > x, -1, 1).astype(x.dtype)
 
     def beyond(y: jax.Array) -> jax.Array:
-        return away * (fmt.round(y, grid) - value) > 0
+        # The code is looked at, too: XLA may fuse product and difference, and what is left of
+        # one and the same value is then its rounding error.
+        codes = fmt.codes(y, grid)
+        return (codes != near) & (away * (fmt.values(codes, grid) - value) > 0)
 
     def halve(_: jax.Array, state: Any) -> Any:
         inside, outside = state
