@@ -1,6 +1,6 @@
 """Quantization: number formats as encoders, ranges, solvers, training, search."""
 
-from .._links import links as links
+from .._graph import links as links
 from ._adaround import AdaRound as AdaRound
 from ._adaround import adaround as adaround
 from ._allocate import allocate_bits as allocate_bits

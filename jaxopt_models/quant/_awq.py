@@ -11,12 +11,13 @@ from jax import lax
 
 from .._axes import Axes, Matrix
 from .._bits import wide_dtype
+from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import flag, whole
 from ._format import Format
-from ._grid import Grid
+from ._grid import Grid, quotient
 from ._observers import whole_range
-from ._rows import check_roles, with_squares
+from ._rows import check_gram, with_squares
 from ._scaled import SCALES, Scaled
 from ._solver import Outputs
 
@@ -54,8 +55,8 @@ class AWQ(Encoder):
 
     Raises:
       TypeError: if ``fmt`` is no format, or for options of another type.
-      ValueError: for options out of range; when called, without the statistic ``gram``, or if it is
-        of other axes than the rule says.
+      ValueError: for options out of range; when called, without the statistic ``gram``, if that
+        holds NaN or Inf, or if it is of other axes than the rule says.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxopt_models as jom
@@ -93,11 +94,13 @@ class AWQ(Encoder):
         """The gram, which ``l2`` is the diagonal of, and what the observer wants else."""
         return ("gram", *(n for n in self.fmt.needs if n != "l2"))
 
+    def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
+        """Checks the statistics, and encodes."""
+        check_gram(stats, axes, w.ndim - axes.stack, "AWQ")
+        return super().run(w, axes, keep, stats, key)
+
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Scaled:
         """Encodes one core tensor: the scales first, then the ranges."""
-        check_roles(stats, axes, w.ndim, "AWQ")
-        if "gram" not in stats.states:
-            raise ValueError(f"AWQ needs the statistic 'gram'; it was given {stats.names}")
         layer = _Layer(self.fmt, w, axes, keep, stats)
         ratios = jnp.arange(self.steps, dtype=layer.x.dtype) / self.steps
 
@@ -153,7 +156,7 @@ class _Layer:
 
     def scaled(self, scale: jax.Array) -> jax.Array:
         """Returns the runs of what is rounded."""
-        return self.runs(self.x / scale[:, None])
+        return self.runs(quotient(self.x, scale[:, None]))
 
     def fit(self, scale: jax.Array, part: jax.Array | None = None) -> Grid:
         """Chooses grids for ranges shrunk to a part, `[groups, columns]`."""

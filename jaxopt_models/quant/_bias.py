@@ -15,10 +15,10 @@ from .._bits import wide_dtype
 from .._calibrate import Stats, calibrate
 from .._call import name_of
 from .._encoded import is_encoded
+from .._graph import like, traced
 from .._options import pattern
 from .._paths import flatten
 from .._plan import match_paths
-from .._rewrite import like, traced
 from ._biases import Biased, biased
 from ._rows import by_column
 

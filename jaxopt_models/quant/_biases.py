@@ -12,9 +12,8 @@ import numpy as np
 from .._axes import Axes
 from .._call import name_of
 from .._deferred import LAYOUT
-from .._graph import Graph, Node, paths_of
+from .._graph import Graph, Node, paths_of, traced
 from .._products import Product, product_of
-from .._rewrite import traced
 from .._roles import _Lines, pull, roles
 from .._table import Table
 from .._tracked import Origin, is_tracked

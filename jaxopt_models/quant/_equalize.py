@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from .._call import name_of
-from .._links import Chain, Links
+from .._graph import Chain, Links, finished, traced
 from .._options import whole
-from .._rewrite import finished, traced
 from ._smooth import chosen
 
 # A step that moves no channel by more than this, in its logarithm, is the last.

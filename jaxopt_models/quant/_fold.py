@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 
 from .._call import name_of
-from .._fixed import LINEAR, paths_of
-from .._graph import Node, Value
-from .._links import PRODUCTS, Chain, Links
+from .._graph import LINEAR, PRODUCTS, Chain, Links, Node, Traced, Value, finished, paths_of, traced
 from .._options import pattern
-from .._rewrite import Traced, finished, traced
 from .._table import Table
 from .._tracked import is_tracked
 from ._norms import Norm, norms

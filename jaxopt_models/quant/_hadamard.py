@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from .._axes import Axes, Matrix
 from .._bits import pack_bits, wide_dtype
+from .._encoded import Encoded
 from .._encoder import Encoder
 from ._rotated import Rotated, block_of, rotate
-from ._rows import check_roles, with_squares
+from ._rows import check_finite, check_roles, with_squares
 
 # What a statistic of rotated inputs is made of.
 _FROM = {"gram": "gram", "l2": "gram", "mean": "mean"}
@@ -37,7 +38,8 @@ class Hadamard(Encoder):
     Raises:
       TypeError: if ``fmt`` is no encoder.
       ValueError: if ``fmt`` needs a statistic that rotated inputs have not; when called without
-        ``key``, with a mask, or for a tensor with an odd number of inputs.
+        ``key``, with a mask, for a tensor with an odd number of inputs, or if a statistic is
+        missing or holds NaN or Inf.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -69,12 +71,21 @@ class Hadamard(Encoder):
         """The statistics that those of ``fmt`` are made of."""
         return tuple(dict.fromkeys(_FROM[n] for n in self.fmt.needs))
 
+    def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
+        """Checks the statistics, and encodes."""
+        if self.needs:
+            check_roles(stats, axes, w.ndim - axes.stack, "Hadamard")
+            if missing := [n for n in self.needs if n not in stats.states]:
+                raise ValueError(
+                    f"{self} needs the statistics {missing}; it was given {stats.names}"
+                )
+            check_finite(stats, "Hadamard")
+        return super().run(w, axes, keep, stats, key)
+
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Rotated:
         """Encodes one core tensor; see :class:`Hadamard`."""
         m = Matrix(tuple(w.shape), axes.out)
         self._check(m, keep, key)
-        if self.needs:
-            self._check_stats(stats, axes, w.ndim)
         first, second = jax.random.split(key)
         flips = jax.random.bernoulli(first, shape=(m.rows,))
         turned = m.unview(rotate(m.view(w.astype(wide_dtype(w.dtype))), flips))
@@ -96,11 +107,6 @@ class Hadamard(Encoder):
                 f"{m.out}), an odd number; use {self.fmt!r} for this parameter"
             )
 
-    def _check_stats(self, stats: Any, axes: Axes, ndim: int) -> None:
-        check_roles(stats, axes, ndim, "Hadamard")
-        if missing := [n for n in self.needs if n not in stats.states]:
-            raise ValueError(f"{self} needs the statistics {missing}; it was given {stats.names}")
-
 
 def _rotated(stats: Any, flips: jax.Array) -> Any:
     """Returns the statistics of inputs after the rotation."""
@@ -109,9 +115,11 @@ def _rotated(stats: Any, flips: jax.Array) -> Any:
         return jnp.moveaxis(rotate(jnp.moveaxis(x, axis, 0), flips), 0, axis)
 
     states = {n: s for n, s in stats.states.items() if n == "count"}
-    if "gram" in stats.states:
-        gram = along(along(stats.states["gram"], -1), -2)
-        states["gram"] = (gram + gram.swapaxes(-1, -2)) / 2
+    for n in ("gram", "drift"):  # products of inputs with inputs
+        if n in stats.states:
+            states[n] = along(along(stats.states[n], -1), -2)
+    if "gram" in states:
+        states["gram"] = (states["gram"] + states["gram"].swapaxes(-1, -2)) / 2
     if "mean" in stats.states:
         states["mean"] = along(stats.states["mean"], -1)
     found = dataclasses.replace(stats, states=states, others=())

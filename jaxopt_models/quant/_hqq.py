@@ -11,7 +11,7 @@ from jax import lax
 
 from .._axes import Matrix
 from .._options import number, whole
-from ._grid import Grid
+from ._grid import Grid, quotient
 from ._int import Int
 
 
@@ -101,7 +101,7 @@ class HQQ(Int):
             """Returns the errors in steps, and the codes, for zero points."""
             grid = Grid(scale, zero[..., None, :])
             codes = self.codes(x, grid)
-            return (x - self.values(codes, grid)) / scale, codes.astype(x.dtype)
+            return quotient(x - self.values(codes, grid), scale), codes.astype(x.dtype)
 
         def loss(errors: jax.Array) -> jax.Array:
             size = jnp.abs(errors)
@@ -117,8 +117,8 @@ class HQQ(Int):
             size = jnp.where(errors != 0, jnp.abs(errors), 1)
             let = jnp.maximum(size - size ** (self.power - 1) / beta, 0)
             let = jnp.where(errors != 0, jnp.sign(errors) * let, 0)
-            mean = jnp.sum((codes - x / scale + let) * weight, axis=-2) / total
-            return self._kept_zero(mean), beta * self.kappa, best, least
+            mean = jnp.sum((codes - quotient(x, scale) + let) * weight, axis=-2)
+            return self._kept_zero(quotient(mean, total)), beta * self.kappa, best, least
 
         least = loss(miss(start.zero)[0])
         state = (start.zero, jnp.asarray(self.beta, x.dtype), start.zero, least)

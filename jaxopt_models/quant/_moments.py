@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._call import Frame, name_of, on_data, take_apart, trace
-from .._graph import Graph
-from .._rewrite import values_of
+from .._graph import Graph, values_of
 from .._tracked import is_tracked
 from .._walk import ENTERING, Emitted, Walk
 from ._norms import Norm, norms

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._fixed import LINEAR, Ref, evaluate, paths_of
-from .._graph import Graph, Node, Value
+from .._graph import LINEAR, Graph, Node, Ref, Value, evaluate, paths_of
 from .._tracked import Deferred, Tracked, is_tracked
 
 # None of these changes the order of entries.

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .._call import check_batch, check_function, name_of, no_batch
+from .._graph import like, values_of
 from .._options import portion
 from .._paths import flatten
-from .._rewrite import like, values_of
 from ._moments import WHO, Key, Moments, Run
 
 

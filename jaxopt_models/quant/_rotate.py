@@ -10,11 +10,8 @@ import jax
 import numpy as np
 
 from .._call import name_of
-from .._links import Chain, Links
+from .._graph import SPACE_RULES, Chain, Links, Space, Spaces, Traced, finished, traced
 from .._options import pattern
-from .._rewrite import Traced, finished, traced
-from .._space_rules import RULES
-from .._spaces import Space, Spaces
 from .._table import Table
 from ._rotated import block_of, paley
 
@@ -110,7 +107,7 @@ def turning(t: Traced) -> Turning:
             g = np.abs(np.asarray(t.values[made[0].path], np.float64) + made[0].shift)
             if made[0].index.min() >= 0 and g.size == chain.channels and g.min() > _TINY * g.max():
                 scales[made[0].path] = chain
-    spaces = Spaces(t.graph, RULES, links.flow, set(scales))
+    spaces = Spaces(t.graph, SPACE_RULES, links.flow, set(scales))
     members: dict[Space, dict[tuple[str, tuple[int, ...]], None]] = {}
     for path, uses in spaces.uses.items():
         for use in uses:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from .._axes import Axes, Matrix
+from .._bits import is_concrete
+from .._encoder import not_finite
 
 
 def check_roles(stats: Any, axes: Axes, ndim: int, who: str) -> None:
@@ -23,6 +25,26 @@ def check_roles(stats: Any, axes: Axes, ndim: int, who: str) -> None:
         )
     if inner := {axis for axis, _ in stats.groups} - set(axes.out):
         raise ValueError(f"{who}: inputs differ along axes {sorted(inner)}, which are no outputs")
+
+
+def check_gram(stats: Any, axes: Axes, ndim: int, who: str) -> None:
+    """Raises unless statistics of a core tensor have the gram of its inputs, all of it finite."""
+    check_roles(stats, axes, ndim, who)
+    if "gram" not in stats.states:
+        raise ValueError(f"{who} needs the statistic 'gram'; it was given {stats.names}")
+    check_finite(stats, who)
+
+
+def check_finite(stats: Any, who: str) -> None:
+    """Raises where products of inputs, as far as they can be seen, are not finite."""
+    for n in ("gram", "drift"):
+        found = stats.states.get(n)
+        bad = not_finite(found) if is_concrete(found) else 0
+        if is_concrete(bad) and int(bad):
+            raise ValueError(
+                f"{who}: the {n} of the inputs holds NaN or Inf; check the batches, or the "
+                "layers before this one"
+            )
 
 
 def with_squares(stats: Any) -> Any:

@@ -9,9 +9,8 @@ import numpy as np
 
 from .._axes import Matrix
 from .._call import name_of
-from .._links import Chain, Links, Member
+from .._graph import Chain, Links, Member, finished, traced
 from .._options import pattern, portion
-from .._rewrite import finished, traced
 
 
 def smooth(

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._axes import Axes, Matrix
-from .._bits import is_concrete, wide_dtype
+from .._bits import wide_dtype
 from .._encoded import Encoded
-from .._encoder import Encoder, not_finite
+from .._encoder import Encoder
 from .._options import number
 from ..codebook._kmeans import KMeans
 from ._centroids import Centroids
 from ._format import Format
-from ._rows import check_roles, join_columns, split_columns, with_squares
+from ._rows import check_gram, join_columns, split_columns, with_squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +80,7 @@ class Solver(Encoder):
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Checks the statistics, and encodes."""
-        name = type(self).__name__
-        check_roles(stats, axes, w.ndim - axes.stack, name)
-        if "gram" not in stats.states:
-            raise ValueError(f"{name} needs the statistic 'gram'; it was given {stats.names}")
-        for n in ("gram", "drift"):
-            found = stats.states.get(n)
-            bad = not_finite(found) if is_concrete(found) else 0
-            if is_concrete(bad) and int(bad):
-                raise ValueError(
-                    f"{name}: the {n} of the inputs holds NaN or Inf; check the batches, or the "
-                    "layers before this one"
-                )
+        check_gram(stats, axes, w.ndim - axes.stack, type(self).__name__)
         return super().run(w, axes, keep, stats, key)
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:

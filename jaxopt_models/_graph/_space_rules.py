@@ -8,13 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .._tracked import is_tracked
 from ._fixed import LINEAR, is_zero
 from ._flow import shape_of
-from ._graph import Node
+from ._nodes import Node
 from ._scales import runs
 from ._space_products import looks_up, product
 from ._spaces import Spaces, Turn, Turns, fixes
-from ._tracked import is_tracked
 
 
 def passes(s: Spaces, node: Node) -> Turns:
@@ -216,7 +216,7 @@ def stacks(s: Spaces, node: Node) -> Turns:
     return fixes(s, node) if t is None else [t.moved(lambda d: d + 1)]
 
 
-RULES: dict[str, Callable[[Spaces, Node], Turns]] = {
+SPACE_RULES: dict[str, Callable[[Spaces, Node], Turns]] = {
     **dict.fromkeys(LINEAR | {"neg", "optimization_barrier"}, passes),
     **dict.fromkeys(("add", "sub", "add_any", "select_n", "branches"), sums),
     **dict.fromkeys(("mul", "div"), multiplies),

@@ -21,12 +21,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ._call import Program
-from ._fixed import LINEAR as LINEAR
+from .._call import Program
+from .._jaxpr import CALLS, inner, interpret, scan_counts, scope_of
+from .._tracked import Origin, Tracked, is_tracked
 from ._fixed import Ref, fixed, sliced
-from ._fixed import paths_of as paths_of
-from ._jaxpr import CALLS, inner, interpret, scan_counts, scope_of
-from ._tracked import Origin, Tracked, is_tracked
 
 
 @dataclasses.dataclass(eq=False)

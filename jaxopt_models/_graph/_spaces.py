@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._deferred import ARITHMETIC, ENTRYWISE
+from .._deferred import ARITHMETIC, ENTRYWISE
+from .._tracked import is_tracked
 from ._fixed import evaluate, paths_of
 from ._flow import Flow, shape_of
-from ._graph import Graph, Node, Value
-from ._tracked import is_tracked
+from ._nodes import Graph, Node, Value
 
 
 @dataclasses.dataclass(eq=False)

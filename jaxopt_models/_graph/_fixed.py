@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._deferred import LAYOUT, never
-from ._jaxpr import bind
-from ._tracked import Deferred, Hop, Origin, Step, Tracked, is_tracked
+from .._deferred import LAYOUT, never
+from .._jaxpr import bind
+from .._tracked import Deferred, Hop, Origin, Step, Tracked, is_tracked
 
 LINEAR = {
     *("convert_element_type", "copy", "name", "reduce_precision", "pvary"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from .._tracked import is_tracked
 from ._fixed import is_infinite, is_zero
 from ._flow import Fields, Flow, fixes, reasons, shape_of
 from ._flow_layout import (
@@ -21,9 +22,8 @@ from ._flow_layout import (
     updates,
 )
 from ._flow_products import looks_up, product, reduces, windows
-from ._graph import Node
+from ._nodes import Node
 from ._scales import Term, term
-from ._tracked import is_tracked
 
 
 def passes(f: Flow, node: Node) -> Fields:

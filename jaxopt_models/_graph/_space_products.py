@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .._products import product_of
+from .._tracked import is_tracked
 from ._flow import shape_of
-from ._graph import Node
-from ._products import product_of
+from ._nodes import Node
 from ._spaces import Spaces, Turn, Turns, fixes
-from ._tracked import is_tracked
 
 
 def product(s: Spaces, node: Node) -> Turns:

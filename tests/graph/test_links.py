@@ -9,8 +9,7 @@ from jax import lax
 
 import jaxopt_models as jom
 from jaxopt_models import models, quant
-from jaxopt_models._links import Links
-from jaxopt_models._rewrite import like, traced
+from jaxopt_models._graph import Links, like, traced
 
 RNG = np.random.default_rng(5)
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._call import Program, check_function, name_of, on_data, trace
-from ._encoded import is_encoded
-from ._graph import Graph
-from ._paths import flatten
-from ._walk import Walk
+from .._call import Program, check_function, name_of, on_data, trace
+from .._encoded import is_encoded
+from .._paths import flatten
+from .._walk import Walk
+from ._nodes import Graph
 
 #: How far a rewrite may change what is returned, relative to its norm.
 TOLERANCE = 1e-5

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from .._tracked import is_tracked
 from ._fixed import is_infinite, is_zero
 from ._flow import Fields, Flow, fixes, shape_of
-from ._graph import Node
+from ._nodes import Node
 from ._scales import Term, reshaped, term
-from ._tracked import is_tracked
 
 
 def layout(f: Flow, node: Node) -> Fields:

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ._call import name_of
+from .._call import name_of
+from .._table import Table
+from .._tracked import is_tracked
 from ._fixed import paths_of, shift_of
 from ._flow import KINDS, Flow, Use
 from ._flow_rules import RULES
-from ._graph import Node
+from ._nodes import Node
 from ._rewrite import Traced, traced
 from ._scales import Term
-from ._table import Table
-from ._tracked import is_tracked
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._products import Product, product_of
+from .._tracked import is_tracked
 from ._flow import Fields, Flow, fixes, reasons, shape_of
-from ._graph import Node
-from ._products import Product, product_of
+from ._nodes import Node
 from ._scales import Term, term
-from ._tracked import is_tracked
 
 
 def product(f: Flow, node: Node) -> Fields:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from .._roles import UnknownStep, _Lines
+from .._tracked import Origin, Tracked, is_tracked
 from ._fixed import paths_of
-from ._graph import Graph, Node, Value
-from ._roles import UnknownStep, _Lines
+from ._nodes import Graph, Node, Value
 from ._scales import MOST, Pool, Term, term
-from ._tracked import Origin, Tracked, is_tracked
 
 Fields = list[list[Term]]
 KINDS = ("product", "scaled", "added")
