@@ -46,11 +46,16 @@ class Trained:
 
 
 @functools.cache
-def lenet(seed: int, *, epochs: int = 20, quick: bool = False) -> Trained:
-    """Trains LeNet-300-100 with Adam; ``quick`` on the bundled images for three epochs."""
+def lenet(seed: int, *, epochs: int = 20, quick: bool = False, held_out: bool = False) -> Trained:
+    """Trains LeNet-300-100 with Adam; ``quick`` on the bundled images for three epochs.
+
+    With ``held_out`` the images of validation are not trained on.
+    """
     images = data.fashion_mnist_small() if quick else data.fashion_mnist()
     model = models.LeNet300()
-    order = data.shuffled(images.train_images, images.train_labels, size=100, seed=seed)
+    part = images.split().train if held_out else None
+    x, y = (part.images, part.labels) if part else (images.train_images, images.train_labels)
+    order = data.shuffled(x, y, size=100, seed=seed)
     params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28)))["params"]
     steps = jom.Steps(train=(3 if quick else epochs) * order.steps_per_epoch)
     out = jom.deep_compression(
@@ -72,3 +77,14 @@ def output_errors(trained: Trained, small: Any, n: int = 1024) -> dict[str, floa
         gram = np.asarray(stats[name].gram, np.float64)
         found[name] = float(np.sum(d * (gram @ d)) / np.sum(w * (gram @ w)))
     return found
+
+
+def is_encoded(x: Any) -> bool:
+    """Whether a node stands for a compressed parameter."""
+    return isinstance(x, jom.Encoded)
+
+
+def stored_bytes(tree: Any) -> float:
+    """Returns the bytes of all leaves of a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_encoded)
+    return sum(a.storage_bits() / 8 if is_encoded(a) else a.nbytes for a in leaves)

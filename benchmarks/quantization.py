@@ -1,4 +1,4 @@
-"""Quantization of LeNet-300-100 on Fashion-MNIST: formats, solvers, inputs, beside float."""
+"""Quantization on Fashion-MNIST: solvers, inputs, training, search; the time of GPTQ."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import jaxopt_models as jom
 from jaxopt_models import quant
 
+from . import _quantized_search, _quantized_solvers, _quantized_training
 from ._lenet import Trained, lenet, output_errors
 from ._rows import Row, mean_row
 
@@ -75,4 +76,7 @@ def run(*, quick: bool = False) -> list[Row]:
         ),
         mean_row("2-bit GPTQ, points above rounding to nearest", gap("gptq2", "rtn2"), ">= 5"),
         mean_row("W8A8 static, points above float", gap("w8a8", "float"), ">= -0.3"),
+        *_quantized_solvers.rows(quick=quick),
+        *_quantized_search.rows(quick=quick),
+        *_quantized_training.rows(quick=quick),
     ]

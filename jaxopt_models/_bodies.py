@@ -17,6 +17,7 @@ import numpy as np
 from ._deferred import deferred, entrywise, never, sliceable
 from ._encoded import is_encoded
 from ._jaxpr import as_function, inner, is_literal, scan_counts, scope_of
+from ._latent import holds_latent
 from ._tracked import Hop, Origin, Step, Tracked, dense, is_tracked, origins_of, packed
 
 
@@ -256,7 +257,9 @@ def _shards(
     counts = {a: int(np.prod([mesh.shape[n] for n in names[a]])) for a in names}
     local = tuple(n // counts.get(a, 1) for a, n in enumerate(shape))
     origins = tuple(_of_shard(o, names, counts) for o in x.origins)
-    if is_encoded(x.value) and (specs := x.value.specs(spec, local)) is not None:
+    # What is in training may look at the whole tensor to show an entry.
+    apart = is_encoded(x.value) and not holds_latent(x.value)
+    if apart and (specs := x.value.specs(spec, local)) is not None:
         return x.value, specs, lambda part: Tracked(part.resized(local), origins)
     if packed(x):
         walk.lose(x, "it is rebuilt whole before shard_map")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ._axes import Axes
 from ._bits import array_bits, packed_length, unpack_bits
-from ._encoded import Encoded, Masked, leaf, static
+from ._coded import Coded
+from ._encoded import Encoded, Masked, is_encoded, leaf, static
 
 
 @leaf
@@ -87,6 +91,29 @@ class Latent(Encoded):
         axes = Axes(self.out)
         return w, {"axes": axes, "keep": keep, "stats": self.stats, "key": self.key}
 
+    def specs(self, spec: Any, local: tuple[int, ...]) -> Latent:
+        """Divides the tensor as said, and what is learned as the scales of the leaf to store.
+
+        Where these cannot be divided, what is learned is only divided with the stack, as is all
+        else but the mask. A shard of this is no leaf for a shard of the tensor: an encoder may
+        look at all entries to show one.
+        """
+        axes, n = [*spec, *[None] * (self.ndim - len(spec))], len(self.stack)
+        *before, last = axes[n:] or [None]
+        if last is not None and local[-1] % 8:
+            last = None  # a mask is divided in whole bytes
+        beside = PartitionSpec(*axes[:n])
+        stored = jax.eval_shape(_ship, self)
+        known = dict(_meanings(stored, stored.specs(spec, local)))
+        return dataclasses.replace(
+            self,
+            w=spec,
+            learned=jax.tree.map(lambda x: known.get(tuple(x.shape), beside), self.learned),
+            mask=None if self.mask is None else PartitionSpec(*axes[:n], *before, last),
+            stats=jax.tree.map(lambda _: beside, self.stats),
+            key=None if self.key is None else beside,
+        )
+
     def bits_by_part(self) -> dict[str, int]:
         """Counts everything that training holds."""
         return {n: sum(map(_bits, jax.tree.leaves(part))) for n, part in self.parts().items()}
@@ -107,6 +134,18 @@ class Latent(Encoded):
             elif not bool(jnp.all(jnp.isfinite(x))):
                 wrong.append(f"{name} holds NaN or Inf")
         return wrong
+
+
+def _meanings(stored: Encoded, specs: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yields the shape of what codes mean in a leaf, and how it is divided, where it can be."""
+    if specs is None:
+        return
+    if isinstance(stored, Coded):
+        yield tuple(stored.meaning.shape), specs.meaning
+        return
+    for name, part in stored.parts().items():
+        if is_encoded(part):
+            yield from _meanings(part, getattr(specs, name))
 
 
 def _bits(x: Any) -> int:

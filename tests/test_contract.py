@@ -10,21 +10,37 @@ from jaxopt_models import Axes, Encoded, Encoder, chain, leaf, static
 from jaxopt_models.codebook import KMeans
 from jaxopt_models.prune import Block, Magnitude, NofM
 from jaxopt_models.quant import (
+    AWQ,
+    BWN,
+    GPTQ,
+    HQQ,
+    LSQ,
     MX,
     NF4,
     NVFP4,
+    PACT,
+    XNOR,
+    AdaRound,
     Binary,
+    BinaryConnect,
+    DoReFa,
+    DoReFaInput,
     Float,
     Format,
+    Hadamard,
     Input,
     Int,
+    LearnedInput,
+    Normal,
+    Sign,
     Table,
     Ternary,
 )
-from jaxopt_models.testing import SHAPES, check_encoder, leaf_bits
+from jaxopt_models.testing import SHAPES, check_encoder, leaf_bits, random_stats
 
 KERNEL, ATTENTION, CONV, _, DEPTHWISE, _, STACK, EMBEDDING = SHAPES
 HALF = Magnitude(sparsity=0.5)
+FEW, LAYERS = ((16, 8), Axes()), ((2, 16, 8), Axes(stack=1))
 
 # Shapes that take long to compile are few here; every product runs with --full.
 ROWS = [
@@ -67,27 +83,62 @@ ROWS = [
     (Input(bits=8), [KERNEL]),
     (Input(bits=4, per="tensor", symmetric=False), [CONV]),
     (chain(HALF, Int(bits=4), Input(bits=8)), [STACK]),
+    (Input(bits=8, per="static"), [LAYERS]),
+    (Normal(bits=3, group=8), [LAYERS]),
+    (HQQ(bits=3), [LAYERS]),
+    (GPTQ(Int(bits=3)), [FEW]),
+    (AdaRound(Int(bits=3), steps=3), [FEW]),
+    (AWQ(Int(bits=4), steps=3), [FEW]),
+    (Hadamard(Int(bits=4)), [LAYERS]),
+    (LSQ(bits=4, group=8), [LAYERS]),
+    (LSQ(bits=3, symmetric=False), [FEW]),
+    (DoReFa(bits=3), [LAYERS]),
+    (BWN(), [FEW]),
+    (BinaryConnect(), [FEW]),
+    (BinaryConnect(stochastic=True), [LAYERS]),
+    (LearnedInput(bits=4), [LAYERS]),
+    (LearnedInput(bits=4, offset=True, start=0.5), [FEW]),
+    (PACT(bits=4, start=1.0), [FEW]),
+    (DoReFaInput(bits=2), [FEW]),
+    (Sign(), [LAYERS]),
+    (XNOR(), [LAYERS]),
 ]
+# Their docstrings say that encoding again moves the values.
+MOVING = (Normal, HQQ, GPTQ, AdaRound, AWQ, Hadamard, LSQ, DoReFa)
 ENCODERS = [encoder for encoder, _ in ROWS]
 
 
 def drawn(encoder):
-    return jax.random.key(3) if getattr(encoder, "start", "") == "random" else None
+    draws = getattr(encoder, "start", "") == "random" or getattr(encoder, "stochastic", False)
+    return jax.random.key(3) if draws or isinstance(encoder, Hadamard) else None
 
 
-def excused(encoder, dtype):
+def moves(encoder, dtype):
+    """Says whether law 2 need not hold."""
+    values, _ = encoder.sides()
+    steps = getattr(values, "encoders", (values,))
+    return any(isinstance(e, MOVING) or (dtype != jnp.float32 and rounds(e)) for e in steps)
+
+
+def rounds(encoder):
     """16-bit tensors round what a grid was made of, which then moves when encoded again."""
-    moves = isinstance(encoder, (Binary, Ternary)) or not getattr(encoder, "symmetric", True)
-    moves = moves or isinstance(getattr(encoder, "scale", ""), Format)
-    return dtype != jnp.float32 and moves
+    if isinstance(encoder, (Binary, Ternary)) or isinstance(getattr(encoder, "scale", ""), Format):
+        return True
+    return not getattr(encoder, "symmetric", True)
 
 
 @pytest.mark.parametrize(("encoder", "shapes"), ROWS, ids=repr)
 def test_laws(encoder, shapes):
-    steps = getattr(encoder, "encoders", (encoder,))
-    narrow = any(excused(e, jnp.bfloat16) for e in steps)
-    dtypes = (jnp.float32,) if narrow else (jnp.float32, jnp.bfloat16)
-    check_encoder(encoder, shapes=shapes, dtypes=dtypes, key=drawn(encoder))
+    still = not moves(encoder, jnp.float32)
+    narrow = still and moves(encoder, jnp.bfloat16)
+    check_encoder(
+        encoder,
+        shapes=shapes,
+        dtypes=(jnp.float32,) if narrow else (jnp.float32, jnp.bfloat16),
+        idempotent=still,
+        masks=not isinstance(encoder, Hadamard),
+        key=drawn(encoder),
+    )
 
 
 @pytest.mark.full
@@ -99,7 +150,8 @@ def test_laws_of_every_product(encoder, shape, dtype):
         encoder,
         shapes=[shape],
         dtypes=[dtype],
-        idempotent=not any(excused(e, dtype) for e in getattr(encoder, "encoders", (encoder,))),
+        idempotent=not moves(encoder, dtype),
+        masks=not isinstance(encoder, Hadamard),
         key=drawn(encoder),
         full=True,
     )
@@ -113,12 +165,13 @@ def test_a_sharded_tensor_is_encoded_alike(encoder, shape, dtype):
     size, axes = shape
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     w = jnp.asarray(np.random.default_rng(0).normal(size=size), dtype)
-    want = encoder(w, axes=axes, key=drawn(encoder))
+    given = {"axes": axes, "stats": random_stats(encoder, w, axes=axes), "key": drawn(encoder)}
+    want = encoder(w, **given)
     split = [i for i, n in enumerate(size) if n % 8 == 0]
     assert split
     for axis in split:
         spec = PartitionSpec(*[None] * axis, "x")
-        got = encoder(jax.device_put(w, NamedSharding(mesh, spec)), axes=axes, key=drawn(encoder))
+        got = encoder(jax.device_put(w, NamedSharding(mesh, spec)), **given)
         assert leaf_bits(got) == leaf_bits(want), axis
 
 

@@ -73,6 +73,69 @@ def test_a_stack_over_the_devices():
         assert leaf_bits(got) == leaf_bits(encoder(w, axes=axes))
 
 
+LATENTS = {
+    # Encoder, tensor, and how the tensor and what is learned beside it are divided.
+    "columns": (quant.LSQ(bits=4, symmetric=False), (16, 32), (None, "x"), ("x", None)),
+    "rows": (chain(HALF, quant.LSQ(bits=4)), (16, 32), ("x",), (None, None)),
+    "groups": (quant.LSQ(bits=3, group=2), (16, 32), ("x",), (None, "x")),
+    "tensor": (quant.LSQ(bits=4, per="tensor"), (16, 64), (None, "x"), (None,)),
+    "stack": (quant.LSQ(bits=4), (8, 6, 4), ("x",), ("x", None, None)),
+    "few": (quant.LSQ(bits=3), (16, 32), (None, "x"), ()),
+    "none": (quant.BinaryConnect(stochastic=True), (16, 32), ("x",), None),
+}
+
+
+def test_what_is_trained_is_divided_with_its_tensor():
+    rng, axes = np.random.default_rng(2), jom.Axes(stack=1)
+    params = {
+        n: jnp.asarray(rng.normal(size=size), jnp.float32) for n, (_, size, *_) in LATENTS.items()
+    }
+    rules = [Rule(n, e, axes if n == "stack" else None) for n, (e, *_) in LATENTS.items()]
+    key = jax.random.key(0)
+    params = jom.compress(params, [Rule("rows|tensor|few|none", HALF)])
+    latents = jom.prepare(params, rules, key=key)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def divided(name):
+        _, size, spec, learned = LATENTS[name]
+        latent, spec = latents[name], PartitionSpec(*spec)
+        specs = latent.specs(spec, NamedSharding(mesh, spec).shard_shape(size))
+        assert specs.w == spec
+        for found in jax.tree.leaves(specs.learned):
+            assert found == PartitionSpec(*learned)
+        return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), latent, specs)
+
+    both = {n: divided(n) for n in LATENTS}
+    for name, x in both.items():
+        assert x.w.addressable_shards[0].data.size == x.w.size // 8, name
+
+    @jax.jit
+    def shown(t, rest):
+        def loss(t):
+            values = jom.materialize(jom.combine(t, rest))
+            return sum(jnp.sum(jnp.sin(v)) for v in values.values()), values
+
+        (_, values), slopes = jax.value_and_grad(loss, has_aux=True)(t)
+        return values, slopes
+
+    one, eight = (shown(*jom.partition(tree)) for tree in (latents, both))
+    for name in LATENTS:
+        assert bits(eight[0][name]) == bits(one[0][name]), name
+    for a, b in zip(*map(jax.tree.leaves, (one[1], eight[1])), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+    # An encoder may look at the whole tensor, so it is shown before it is taken apart.
+    f = jax.shard_map(
+        lambda w, x: jax.lax.psum(x @ w, "x"),
+        mesh=mesh,
+        in_specs=(ROWS, COLUMNS),
+        out_specs=PartitionSpec(),
+    )
+    x = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
+    got = jom.simulate(lambda p, x: f(p["rows"], x))({"rows": latents["rows"]}, x)
+    np.testing.assert_allclose(got, x @ one[0]["rows"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.full
 def test_global_plans_are_the_same():
     params = {"a": W, "b": W[:, :24] * 0.5}

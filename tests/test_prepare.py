@@ -38,7 +38,7 @@ def moved(latents):
     rng = np.random.default_rng(0)
 
     def step(x):
-        return x * jnp.asarray(1 + 0.2 * rng.uniform(-1, 1, x.shape), x.dtype)
+        return (np.asarray(x) * (1 + 0.2 * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
 
     return jom.combine(jax.tree.map(step, trainable), rest)
 
@@ -52,7 +52,6 @@ SHAPES = {
     "attention": ((16, 4, 8), Axes(out=(1, 2))),
 }
 CASES = {
-    "lsq4": (quant.LSQ(bits=4), "kernel", "Quantized"),
     "lsq2": (quant.LSQ(bits=2), "conv", "Quantized"),
     "lsq2d": (quant.LSQ(bits=2), "depthwise", "Quantized"),
     "groups": (quant.LSQ(bits=3, group=8), "stack", "Quantized"),
@@ -65,8 +64,6 @@ CASES = {
     "dorefa1": (quant.DoReFa(bits=1), "conv", "Tabulated"),
     "bwn": (quant.BWN(), "depthwise", "Tabulated"),
     "xnor": (quant.XNOR(), "stack", "WithSign(Tabulated)"),
-    "int": (quant.Int(bits=4), "kernel", "Quantized"),
-    "half": (HALF, "stack", "Masked"),
     "pruned": (chain(HALF, quant.LSQ(bits=4)), "stack", "Masked(Quantized)"),
     "pruned2": (chain(HALF, quant.LSQ(bits=2, symmetric=False)), "conv", "Masked(Quantized)"),
     "pact": (
@@ -96,7 +93,7 @@ def test_what_is_shown_is_what_is_shipped():
         assert bits(shown[name]) == bits(alone[name]) == bits(rebuilt[name]), name
     for name in ("offset2", "blocks", "powers"):
         assert not small[name].check() and not latents[name].check(), name
-    assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
 def test_no_rule_learns_nothing_and_shows_what_straight_through_shows():
@@ -107,7 +104,7 @@ def test_no_rule_learns_nothing_and_shows_what_straight_through_shows():
         want = jom.straight_through([Rule("w", encoder)])({"w": w})["w"]
         assert bits(latent.materialize()) == bits(want)
         grad = jax.grad(lambda w, x=latent: jnp.sum(dataclasses.replace(x, w=w).materialize()))(w)
-        assert bool(jnp.all(grad == 1))
+        assert np.all(np.asarray(grad) == 1)
 
 
 def test_stats_and_keys_are_held_by_those_that_read_them_each_time():
@@ -131,14 +128,15 @@ def test_a_mask_stays():
     pruned = HALF(w)
     latent = moved({"w": prepared(quant.LSQ(bits=4, symmetric=False), pruned)})["w"]
     shown = latent.materialize()
-    assert bool(jnp.all(jnp.where(pruned.keep(), 0, shown) == 0))
+    keep = np.asarray(pruned.keep())
+    assert not np.any(np.asarray(shown)[~keep])
     small = shipped(quant.LSQ(bits=4, symmetric=False), latent)
     assert small.kind() == "Masked(Quantized)" and bits(small.mask) == bits(pruned.mask)
     assert bits(small.materialize()) == bits(shown)
 
     grad = jax.grad(lambda x: jnp.sum(x.materialize()), allow_int=True)(latent)
-    assert bool(jnp.all(jnp.where(pruned.keep(), 0, grad.w) == 0))
-    assert float(jnp.mean(grad.w)) > 0.3  # clipped entries aside, what is kept learns
+    assert not np.any(np.asarray(grad.w)[~keep])
+    assert np.mean(grad.w) > 0.3  # clipped entries aside, what is kept learns
 
 
 def test_it_is_a_leaf_like_any_other(tmp_path):
@@ -229,7 +227,7 @@ def scanned(p, x):
 def model(name):
     if name == "linen":
         conv, images = Conv(), normal(8, 6, 6, 2)
-        return *jom.functional((conv, conv.init(jax.random.key(0), images))), images
+        return *jom.functional((conv, jax.jit(conv.init)(jax.random.key(0), images))), images
     if name == "nnx":
         return *jom.functional(Net(nnx.Rngs(0))), normal(8, 6)
     return scanned, {"layers": normal(3, 6, 6), "out": normal(6, 4)}, normal(8, 6)
@@ -241,25 +239,29 @@ def test_training_with_learned_weights_and_inputs(name):
     encoder = chain(quant.LSQ(bits=4), quant.LearnedInput(bits=4, start=0.2))
     scan = name == "scan"
     recipe = [Rule("layers" if scan else ".*/kernel", encoder, Axes(stack=1) if scan else None)]
-    target = jnp.asarray(np.random.default_rng(0).normal(size=fn(params, x).shape), jnp.float32)
-    trainable, rest = jom.partition(jom.prepare(params, recipe))
+    target = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    trainable, rest = jom.partition(jax.jit(lambda p: jom.prepare(p, recipe))(params))
     run, tx = jom.simulate(fn), optax.adam(2e-2)
 
     def loss(trainable):
         return jnp.mean((run(jom.combine(trainable, rest), x) - target) ** 2)
 
     @jax.jit
-    def step(trainable, state):
-        value, grads = jax.value_and_grad(loss)(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, value
+    def train(trainable):
+        def step(carry, _):
+            trainable, state = carry
+            value, grads = jax.value_and_grad(loss)(trainable)
+            updates, state = tx.update(grads, state, trainable)
+            return (optax.apply_updates(trainable, updates), state), value
 
-    state, first = tx.init(trainable), float(loss(trainable))
-    for _ in range(60):
-        trainable, state, value = step(trainable, state)
-    assert float(value) < 0.6 * first
+        (trainable, _), values = lax.scan(step, (trainable, tx.init(trainable)), length=60)
+        return trainable, values
+
+    trainable, values = train(trainable)
+    assert float(values[-1]) < 0.6 * float(values[0])
     latents = jom.combine(trainable, rest)
-    small = jom.compress(latents, recipe)
-    for a, b in zip(*(jax.tree.leaves(jom.materialize(t)) for t in (latents, small)), strict=True):
+    small = jax.jit(lambda p: jom.compress(p, recipe))(latents)
+    shown, rebuilt = (jax.tree.leaves(jax.jit(jom.materialize)(t)) for t in (latents, small))
+    for a, b in zip(shown, rebuilt, strict=True):
         assert bits(a) == bits(b)
     np.testing.assert_allclose(run(small, x), run(latents, x), rtol=1e-5, atol=1e-6)

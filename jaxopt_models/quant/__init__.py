@@ -36,6 +36,7 @@ from ._learned_input import LearnedInput as LearnedInput
 from ._learned_input import clip_penalty as clip_penalty
 from ._lsq import LSQ as LSQ
 from ._lsq import MeanAbs as MeanAbs
+from ._normal import Normal as Normal
 from ._observers import MSE as MSE
 from ._observers import AbsMax as AbsMax
 from ._observers import Entropy as Entropy
@@ -45,6 +46,7 @@ from ._observers import Observer as Observer
 from ._observers import Percentile as Percentile
 from ._quantized import Quantized as Quantized
 from ._reestimate import reestimate_batchnorm as reestimate_batchnorm
+from ._rms import RMS as RMS
 from ._rotate import rotate as rotate
 from ._rotate import rotations as rotations
 from ._rotated import Rotated as Rotated

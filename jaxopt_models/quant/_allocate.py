@@ -173,7 +173,8 @@ def _limits(
     found = []
     if budget_bits is not None:
         size = sum(c.size for c in sensitivity)
-        most = number(budget_bits, "allocate_bits: budget_bits") * size
+        # A product of floats may round down, below a sum of whole bits that it stands for.
+        most = number(budget_bits, "allocate_bits: budget_bits") * size * (1 + 1e-12)
         words = {"name": f"budget_bits={budget_bits}", "unit": "bits an entry", "scale": size}
         found.append(storage(sensitivity, most, **words))
     if budget_bytes is not None:

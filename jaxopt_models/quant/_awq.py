@@ -115,7 +115,7 @@ class AWQ(Encoder):
     def _scale(self, size: jax.Array, r: jax.Array) -> jax.Array:
         """Returns what values are multiplied with, `1 / s`, as it is read back."""
         s = jnp.maximum(size**r, 1e-4)
-        s = s / jnp.sqrt(jnp.max(s) * jnp.min(s))
+        s = quotient(s, jnp.sqrt(jnp.max(s) * jnp.min(s)))
         return (1 / s).astype(self.scale).astype(size.dtype)
 
 
@@ -143,7 +143,8 @@ class _Layer:
         size = jnp.sqrt(jnp.mean(known.states["l2"].reshape(-1, self.true.rows), axis=0))
         top = jnp.max(size)
         # Where nothing was seen all inputs are alike.
-        self.size = jnp.where(top > 0, size / jnp.where(top > 0, top, 1), 1).astype(self.x.dtype)
+        size = jnp.where(top > 0, quotient(size, jnp.where(top > 0, top, 1)), 1)
+        self.size = size.astype(self.x.dtype)
 
     def runs(self, x: jax.Array) -> jax.Array:
         """Cuts `[rows, columns]` into the runs of the format."""

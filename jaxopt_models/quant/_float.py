@@ -18,16 +18,11 @@ from ._tabulated import Tabulated
 
 @dataclasses.dataclass(frozen=True)
 class Tabled(Format):
-    """What formats with a table have in common; a subclass names :attr:`table` and its bits."""
+    """What formats with a table have in common; a subclass names :attr:`table` and ``bits``."""
 
     @property
     def table(self) -> str | tuple[float, ...]:
         """The table as its leaf names it."""
-        raise NotImplementedError
-
-    @property
-    def bits(self) -> int:
-        """Width of a code."""
         raise NotImplementedError
 
     @property

@@ -178,7 +178,8 @@ def _measure(
         if readers(leaf):
             raise TypeError(
                 f"sensitivity: {p.path}: {encoder} rounds inputs, too, which is not measured; "
-                "leave Input out of the candidates, and chain it to the recipe afterwards"
+                "leave that out of the candidates and chain it to the recipe afterwards, or "
+                "compare whole recipes by guard, whose evaluate runs simulate(fn)"
             )
         tensors.append(leaf.materialize())
         bits.append(leaf.storage_bits())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -179,7 +180,7 @@ class Input(Encoder):
         values, stack = inside(w, axes, keep, str(self))
         scale = zero = None
         if self.per == "static":
-            scale, zero = grid(*self.bounds(stats, stack), self.bits, self.symmetric)
+            scale, zero = _grid(*self.bounds(stats, stack), self.bits, self.symmetric)
         core = tuple(values.shape[stack:])
         return WithInput(values, scale, zero, core, self.bits, self.per, self.symmetric)
 
@@ -197,28 +198,28 @@ class Input(Encoder):
         watched = self.observer.watches
         if stats is None or watched not in stats.names:
             raise ValueError(f"{self} needs the statistics {[watched]}; calibrate first")
-        low, high = self._range(getattr(stats, watched), stack)
+        return _bounds(self, stack, getattr(stats, watched))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bounds(encoder: Input, stack: int, seen: Any) -> tuple[jax.Array, jax.Array]:
+    """Chooses a range for each stacked tensor; grouped inputs share one."""
+    bits, symmetric = encoder.bits, encoder.symmetric
+    if isinstance(seen, Bins):
+        seen = seen.pooled(tuple(range(stack, seen.exponent.ndim)))
+
+    def rounding(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        return _round(x, *grid(low, high, bits, symmetric), bits, symmetric)
+
+    def one(seen: Any) -> tuple[jax.Array, jax.Array]:
+        low, high = encoder.observer.of_input(seen, rounding, 2 ** (bits - symmetric))
         hit = low <= high  # Otherwise the layer saw no input; any grid will do.
         low, high = jnp.where(hit, low, 0), jnp.where(hit, high, 0)
         return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
-    def _range(self, seen: Any, stack: int) -> tuple[jax.Array, jax.Array]:
-        """Chooses a range for each stacked tensor; grouped inputs share one."""
-        if isinstance(seen, Bins):
-            seen = seen.pooled(tuple(range(stack, seen.exponent.ndim)))
-
-        def rounding(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-            scale, zero = grid(low, high, self.bits, self.symmetric)
-            return _round(x, scale, zero, self.bits, self.symmetric)
-
-        levels = 2 ** (self.bits - self.symmetric)
-
-        def one(seen: Any) -> tuple[jax.Array, jax.Array]:
-            return self.observer.of_input(seen, rounding, levels)
-
-        for _ in range(stack):
-            one = jax.vmap(one)
-        return jax.jit(one)(seen)
+    for _ in range(stack):
+        one = jax.vmap(one)
+    return one(seen)
 
 
 def inside(w: Any, axes: Axes | None, keep: Any, who: str) -> tuple[Any, int]:
@@ -244,6 +245,9 @@ def grid(low: Any, high: Any, bits: int, symmetric: bool) -> tuple[jax.Array, ja
         return positive(divide(jnp.maximum(-low, high), 2 ** (bits - 1) - 1)), None
     scale = positive(divide(high - low, 2**bits - 1))
     return scale, jnp.round(-low / scale)
+
+
+_grid = functools.partial(jax.jit, static_argnums=(2, 3))(grid)
 
 
 def _round(x: jax.Array, scale: Any, zero: Any, bits: int, symmetric: bool) -> jax.Array:

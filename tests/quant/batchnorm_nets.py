@@ -11,11 +11,11 @@ RNG = np.random.default_rng(3)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return np.float32(RNG.normal(size=shape))
 
 
 def relative(a, b):
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+    return np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(a)
 
 
 def drawn(tree):
@@ -25,7 +25,7 @@ def drawn(tree):
         last = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
         if not jnp.issubdtype(a.dtype, jnp.floating) or "kernel" in last:
             return a
-        return jnp.abs(normal(*a.shape)) + 0.1 if "var" in last else normal(*a.shape)
+        return np.abs(normal(*a.shape)) + np.float32(0.1) if "var" in last else normal(*a.shape)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
 

@@ -14,7 +14,7 @@ from jaxopt_models.quant._adaround import neighbours, one_by_one
 
 
 def normal(*shape, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 def dense(params, x):
@@ -29,7 +29,7 @@ def layer():
 
 
 def errors(w, leaf, x):
-    miss = np.asarray(x, np.float64) @ np.asarray(w - leaf.materialize(), np.float64)
+    miss = np.asarray(x, np.float64) @ (w - np.asarray(leaf.materialize(), np.float64))
     return np.sum(np.square(miss), axis=0)
 
 
@@ -64,7 +64,7 @@ def test_neighbours_are_the_values_on_both_sides(fmt):
 def test_a_column_is_nearly_as_good_as_the_best_of_all_ways_to_round():
     x, w = normal(100, 4, seed=5) @ normal(4, 12, seed=6), normal(12, 6, seed=7)
     fmt, h = quant.Int(bits=3), x.T @ x
-    grid = fmt.fit(w[None])
+    grid = jax.jit(fmt.fit)(w[None])
     codes = np.asarray(quant.adaround(w, h, fmt, grid))
     scale, h = np.asarray(grid.scale, np.float64), np.asarray(h, np.float64)
     exact = np.asarray(w, np.float64)
@@ -118,7 +118,7 @@ def test_no_output_is_worse_than_nearest(fmt):
 
 def test_a_mask_is_kept_and_dead_inputs_are_rounded_to_the_nearest():
     w, x, _ = layer()
-    x = x.at[:, 3].set(0)
+    x = x * (np.arange(32) != 3)
     fmt = quant.Int(bits=4)
     encoder = jom.chain(prune.Magnitude(sparsity=0.5), quant.AdaRound(fmt, steps=400))
     stats = jom.calibrate(dense, {"w": w}, [(x,)], ["gram"])["w"]
@@ -126,7 +126,7 @@ def test_a_mask_is_kept_and_dead_inputs_are_rounded_to_the_nearest():
     assert leaf.kind() == "Masked(Quantized)"
     assert np.array_equal(leaf.keep(), near.keep())
     assert np.array_equal(leaf.materialize()[3], near.materialize()[3])
-    fixed = jnp.where(near.keep(), w, 0)
+    fixed = np.where(near.keep(), w, 0)
     assert errors(fixed, leaf, x).sum() < 0.7 * errors(fixed, near, x).sum()
 
 
@@ -142,7 +142,8 @@ def test_outputs_of_a_depthwise_convolution_see_their_own_inputs():
     leaf = quant.AdaRound(quant.Int(bits=3), steps=400)(w, stats=stats)
     near = quant.Int(bits=3)(w)
     got, want = (
-        np.square(fn({"w": w - a.materialize()}, x)).sum(axis=(0, 1, 2)) for a in (leaf, near)
+        np.square(fn({"w": w - np.asarray(a.materialize())}, x)).sum(axis=(0, 1, 2))
+        for a in (leaf, near)
     )
     assert (got <= want * (1 + 1e-4)).all()
     assert got.sum() < 0.8 * want.sum()
@@ -153,7 +154,7 @@ def test_what_does_not_fit_raises():
     encoder = quant.AdaRound(quant.Int(bits=3))
     with pytest.raises(ValueError, match="AdaRound needs statistics; calibrate"):
         encoder(w)
-    broken = jom.Stats({**stats.states, "gram": stats.gram.at[0, 0].set(jnp.inf)}, stats.axes)
+    broken = jom.Stats({**stats.states, "gram": np.full((32, 32), np.inf)}, stats.axes)
     with pytest.raises(ValueError, match="AdaRound: the gram of the inputs holds NaN or Inf"):
         encoder(w, stats=broken)
     with pytest.raises(ValueError, match="AdaRound: steps=0"):

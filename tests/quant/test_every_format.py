@@ -24,6 +24,7 @@ FORMATS = [
     quant.Int(bits=4, group=2, block=2),
     quant.Int(bits=8, scale="power_of_two"),
     quant.NF4(),
+    quant.Normal(bits=4),
     quant.Table((-1.0, -0.25, 0.0, 0.25, 1.0)),
     quant.Float("e4m3"),
     quant.Float("e5m2"),
@@ -47,13 +48,20 @@ def divides(fmt, use, shape):
     return m.rows % (fmt.group or m.rows) == 0 and whole_blocks
 
 
-@pytest.mark.parametrize("name", zoo.names())
-def test_every_weight_is_planned_or_does_not_divide(name):
+def shares():
+    """A fifth of the formats for each model, in turn; the others with --full."""
+    for i, name in enumerate(zoo.names()):
+        for j in range(5):
+            yield pytest.param(name, FORMATS[j::5], marks=() if i % 5 == j else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("name", "formats"), list(shares()))
+def test_every_weight_is_planned_or_does_not_divide(name, formats):
     case = zoo.case(name)
     shapes = {p.path: p.value.shape for p in jom._paths.flatten(case.params)[0]}
     for path, use in case.uses.items():
         axes = jom.Axes(out=tuple(a + use.stack for a in use.out), stack=use.stack)
-        for fmt in FORMATS:
+        for fmt in formats:
             rule = [jom.Rule(re.escape(path), fmt, axes)]
             if divides(fmt, use, shapes[path]):
                 [row] = [r for r in jom.plan(case.params, rule) if r["path"] == path]

@@ -59,6 +59,26 @@ def test_the_smallest_tree_that_meets_the_drop(found):
     jom.verify(result.small, PARAMS)
 
 
+def test_the_drop_is_held_with_confidence(found):
+    def right(small):
+        predicted = jnp.argmax(fn(jom.materialize(small), X), axis=-1)
+        return 100.0 * np.asarray(predicted == LABELS)
+
+    for confidence in (0.5, 0.95):
+        result = quant.guard(PARAMS, found, evaluate=right, drop=5.0, confidence=confidence)
+        assert result.dense == 100 and result.score == pytest.approx(right(result.small).mean())
+        lost = 100 - right(result.small)
+        z = {0.5: 0.0, 0.95: 1.6448536}[confidence]
+        assert lost.mean() + z * lost.std(ddof=1) / 20 <= 5
+        for row in result.history[1:]:
+            p = row["below"] / 100
+            bound = row["below"] + 100 * z * np.sqrt(p * (1 - p) / 399)
+            assert row["good"] == (bound <= 5)
+    with pytest.raises(ValueError, match="scores of shape"):
+        shorter = iter(range(400, 0, -1))
+        quant.guard(PARAMS, found, evaluate=lambda p: right(p)[: next(shorter)], drop=5.0)
+
+
 def test_a_layer_that_scores_hide_is_mended():
     """Scores say nothing of layer b, which must not be touched."""
     candidates = [quant.Int(bits=2), quant.Int(bits=4)]

@@ -26,7 +26,7 @@ def loss(encoder, w):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @FEW
-@given(seed=st.integers(0, 999), width=st.integers(2, 8))
+@given(seed=st.integers(0, 999), width=st.sampled_from([2, 3, 8]))
 def test_the_searched_range_is_never_worse_than_the_whole(symmetric, seed, width):
     w = heavy(40, 5, seed=seed)
     plain = Int(bits=width, symmetric=symmetric)
@@ -85,7 +85,7 @@ def test_percentiles_are_those_of_numpy():
 def test_pruned_entries_have_no_part_in_percentiles():
     w = np.concatenate([np.zeros(900), np.linspace(-1, 1, 101)]).astype(np.float32)[:, None]
     small = Int(bits=8, observer=Percentile(99.0))(jnp.asarray(w), keep=jnp.asarray(w != 0))
-    assert float(jnp.abs(small.materialize()).max()) > 0.95
+    assert np.abs(small.materialize()).max() > 0.95
 
 
 def divergence(counts, levels):
@@ -121,7 +121,8 @@ def test_entropy_is_tensorrts_loop(levels):
     x = np.abs(heavy(20000, seed=3))
     counts, edges = np.histogram(x, 2048, (0, x.max()))
     want, _ = divergence(counts, levels)
-    got = entropy_range(jnp.asarray(counts, jnp.float32), jnp.float32(edges[1]), levels)
+    choose = jax.jit(entropy_range, static_argnums=2)
+    got = choose(np.float32(counts), np.float32(edges[1]), levels)
     assert abs(float(got) / edges[1] - want) <= 2
     assert float(got) < x.max()
 
@@ -132,11 +133,12 @@ def test_inputs_take_every_observer():
     batches = [(jnp.asarray(b),) for b in x]
     tops = {}
     observers = (MinMax(), AbsMax(), MovingAverage(), Percentile(99.9), MSE(), Entropy())
-    for observer in observers:
-        encoder = quant.Input(bits=8, per="static", observer=observer)
-        recipe = [jom.Rule("w", encoder)]
-        stats = jom.calibrate(fn, params, batches, recipe)
-        tops[observer] = float(jom.compress(params, recipe, stats=stats)["w"].scale) * 127
+    encoders = [quant.Input(bits=8, per="static", observer=o) for o in observers]
+    what = {name for encoder in encoders for name in encoder.needs}
+    stats = jom.calibrate(fn, params, batches, sorted(what))
+    for observer, encoder in zip(observers, encoders, strict=True):
+        small = jom.compress(params, [jom.Rule("w", encoder)], stats=stats)
+        tops[observer] = float(small["w"].scale) * 127
     biggest = np.abs(x).max()
     np.testing.assert_allclose([tops[MinMax()], tops[AbsMax()]], biggest, rtol=1e-6)
     average = np.zeros(2)
@@ -162,8 +164,8 @@ def test_the_observer_of_an_input_sees_each_stacked_tensor():
 
 
 def test_inputs_of_a_depthwise_convolution_are_pooled():
-    x = jnp.asarray(heavy(2, 8, 8, 4) * np.float32([1, 1, 1, 50]))
-    params = {"w": jnp.ones((3, 3, 1, 4))}
+    x = heavy(2, 8, 8, 4) * np.float32([1, 1, 1, 50])
+    params = {"w": np.ones((3, 3, 1, 4), np.float32)}
 
     def fn(p, x):
         return jax.lax.conv_general_dilated(
@@ -171,12 +173,11 @@ def test_inputs_of_a_depthwise_convolution_are_pooled():
             feature_group_count=4,
         )  # fmt: skip
 
-    found = []
+    found, stats = [], jom.calibrate(fn, params, [(x,)], ["minmax", "histogram"])
     for observer in (MinMax(), Percentile(100.0)):
         recipe = [jom.Rule("w", quant.Input(bits=8, per="static", observer=observer))]
-        stats = jom.calibrate(fn, params, [(x,)], recipe)
         found.append(float(jom.compress(params, recipe, stats=stats)["w"].scale) * 127)
-    np.testing.assert_allclose(found[0], float(jnp.abs(x).max()), rtol=1e-6)
+    np.testing.assert_allclose(found[0], np.abs(x).max(), rtol=1e-6)
     assert found[0] <= found[1] <= found[0] * 1.01  # the edge of the last bin
 
 

@@ -20,18 +20,19 @@ def test_every_kind_of_layer_and_norm():
     assert rows["n1"]["into"] == "plain/kernel, plain/bias"
     assert "no layer is directly before it, but max" in rows["n4"]["note"]
     new = quant.fold_batchnorm(fn, params, x)
-    assert relative(fn(params, x), fn(new, x)) < 1e-6
+    run = jax.jit(fn)
+    assert relative(run(params, x), run(new, x)) < 1e-6
     stats, p, old = new["batch_stats"], new["params"], params["params"]
     for name, row in rows.items():
         if row["note"]:
             assert stats[name]["var"] is params["batch_stats"][name]["var"]
             continue
         assert jnp.all(lax.rsqrt(stats[name]["var"] + row["epsilon"]) == 1)
-        assert jnp.all(p.get(name, {}).get("scale", jnp.ones(1)) == 1)
+        assert np.all(np.asarray(p.get(name, {}).get("scale", 1)) == 1)
     # A bias of the layer takes everything; else the norm's; else the mean.
-    assert not jnp.any(p["n1"]["bias"]) and not jnp.any(stats["n1"]["mean"])
-    assert jnp.any(p["n3"]["bias"] != old["n3"]["bias"]) and not jnp.any(stats["n3"]["mean"])
-    assert jnp.any(stats["n2"]["mean"]) and not jnp.any(stats["n5"]["mean"])
+    assert not np.any(p["n1"]["bias"]) and not np.any(stats["n1"]["mean"])
+    assert not np.array_equal(p["n3"]["bias"], old["n3"]["bias"])
+    assert np.any(stats["n2"]["mean"]) and not np.any([*stats["n3"]["mean"], *stats["n5"]["mean"]])
 
 
 def oracle(p, s, name, eps, kernel):
@@ -78,7 +79,7 @@ def plain(p, x, *, both=False):
 PLAIN = {
     "w": normal(4, 5),
     **{k: normal(5) for k in "bmgc"},
-    "v": jnp.abs(normal(5)),
+    "v": np.abs(normal(5)),
     "o": normal(5, 2),
 }
 
@@ -86,8 +87,9 @@ PLAIN = {
 def test_a_function_and_a_dict():
     x = normal(7, 4)
     new = quant.fold_batchnorm(plain, PLAIN, x)
-    assert relative(plain(PLAIN, x), plain(new, x)) < 1e-6
-    assert not jnp.any(new["c"]) and jnp.all(new["g"] == 1)
+    run = jax.jit(plain)
+    assert relative(run(PLAIN, x), run(new, x)) < 1e-6
+    assert not np.any(new["c"]) and np.all(np.asarray(new["g"]) == 1)
 
     def read(p, x):
         return plain(p, x, both=True)
@@ -109,7 +111,7 @@ def stacked(p, x):
 
 
 def test_a_scanned_stack():
-    p = {"w": normal(3, 4, 4), "m": normal(3, 4), "v": jnp.abs(normal(3, 4)), "g": normal(3, 4)}
+    p = {"w": normal(3, 4, 4), "m": normal(3, 4), "v": np.abs(normal(3, 4)), "g": normal(3, 4)}
     x = normal(5, 4)
     new = quant.fold_batchnorm(stacked, p, x)
     assert relative(stacked(p, x), stacked(new, x)) < 1e-6
@@ -143,7 +145,8 @@ def test_nnx():
     fn, params = jom.functional(model)
     params = drawn(params)
     new = quant.fold_batchnorm(fn, params, x)
-    assert relative(fn(params, x), fn(new, x)) < 1e-6
+    run = jax.jit(fn)
+    assert relative(run(params, x), run(new, x)) < 1e-6
     assert not jnp.any(new["norm"]["mean"][...]) and jnp.any(params["norm"]["mean"][...])
     found = quant.reestimate_batchnorm(fn, params, [(x,)])
     assert not np.array_equal(found["norm"]["mean"][...], params["norm"]["mean"][...])

@@ -18,11 +18,11 @@ KEY = jax.random.key(5)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+    return np.float32(RNG.normal(size=shape) / shape[0] ** 0.5)
 
 
 def relative(a, b):
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+    return np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(a)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 12, 40, 96, 64])
@@ -56,7 +56,7 @@ def rms(p, ids):
 
 
 def stack(*shape):
-    return jnp.stack([normal(*shape), normal(*shape)])
+    return np.stack([normal(*shape), normal(*shape)])
 
 
 RMS = {
@@ -71,14 +71,14 @@ RMS = {
     "n": 0.3 * normal(24),
     "head": normal(24, 9),
 }
-IDS = jnp.asarray(RNG.integers(0, 9, (2, 5)))
+IDS = RNG.integers(0, 9, (2, 5))
 
 
 def test_a_scanned_decoder_with_rms_norms():
     new = quant.rotate(rms, RMS, IDS, key=KEY)
     run = jax.jit(rms)
     assert relative(run(RMS, IDS), run(new, IDS)) < 1e-5
-    np.testing.assert_allclose(new["n"], jnp.zeros(24), atol=1e-7)
+    np.testing.assert_allclose(new["n"], np.zeros(24), atol=1e-7)
     rows = {r["parameters"].split(", ")[0]: r for r in quant.rotations(rms, RMS, IDS)}
     stream = rows["embed"]
     assert (stream["channels"], stream["order"], stream["keeps ones"]) == (24, 24, False)
@@ -91,22 +91,22 @@ def test_a_scanned_decoder_with_rms_norms():
     assert rows["layers/q"]["parameters"] == "layers/q, layers/k"
     assert "logistic" in rows["layers/gate"]["note"] or "logistic" in rows["layers/up"]["note"]
     # The matrix of the stream is in the embedding and, transposed, in the head.
-    q = jnp.linalg.lstsq(RMS["embed"].T @ RMS["embed"], RMS["embed"].T @ new["embed"])[0]
+    want = RMS["embed"] * (1 + RMS["n"]) @ RMS["head"]
+    np.testing.assert_allclose(np.asarray(new["embed"]) @ new["head"], want, atol=1e-4)
     again = quant.rotate(rms, RMS, IDS, key=KEY)
     assert np.array_equal(again["embed"], new["embed"])
-    assert q.shape == (24, 24)
 
 
 def test_outliers_are_spread():
-    grow = jnp.ones((1, 24)).at[:, 3].set(40.0)
+    grow = np.where(np.arange(24) == 3, np.float32(40), 1)
     p = {**RMS, "embed": RMS["embed"] * grow}
     new = quant.rotate(rms, p, IDS, key=KEY)
     rules = [jom.Rule("layers/([qkv]|up|gate)", quant.Input(bits=4), jom.Axes(stack=1))]
     out = jax.jit(rms)(p, IDS)
-    small = [jom.compress(v, rules) for v in (p, new)]
-    errors = [relative(out, jom.simulate(rms)(s, IDS)) for s in small]
+    small, run = [jom.compress(v, rules) for v in (p, new)], jom.simulate(rms)
+    errors = [relative(out, run(s, IDS)) for s in small]
     assert errors[1] < 0.7 * errors[0]
-    crest = [jnp.max(jnp.abs(v["embed"])) / jnp.std(v["embed"]) for v in (p, new)]
+    crest = [np.max(np.abs(v["embed"])) / np.std(v["embed"]) for v in (p, new)]
     assert crest[1] < crest[0] / 2
 
 
@@ -150,7 +150,7 @@ def test_layer_norms():
     assert relative(params["tokens"]["embedding"], new["tokens"]["embedding"]) > 0.5
     # The mean over the channels stays.
     for table in ("tokens", "places"):
-        sums = [p[table]["embedding"].sum(1) for p in (params, new)]
+        sums = [np.sum(p[table]["embedding"], axis=1) for p in (params, new)]
         np.testing.assert_allclose(*sums, atol=1e-5)
     only = quant.rotate(fn, params, IDS, key=KEY, only="attention/value/kernel|attention/out/bias")
     assert relative(run(params, IDS)[0], run(only, IDS)[0]) < 1e-5

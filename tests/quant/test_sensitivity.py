@@ -1,5 +1,6 @@
 """Scores of one parameter in many formats, against plain loops and NumPy in float64."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -28,13 +29,12 @@ class Nnx(nnx.Module):
         return self.out(nnx.tanh(self.hidden(x)))
 
 
-def models():
-    variables = Linen().init(jax.random.key(0), X)
-    return {
-        "dict": (plain, weights()),
-        "linen": jom.functional((Linen(), variables)),
-        "nnx": jom.functional(Nnx(nnx.Rngs(0))),
-    }
+def model(kind):
+    if kind == "dict":
+        return plain, weights()
+    if kind == "nnx":
+        return jom.functional(Nnx(nnx.Rngs(0)))
+    return jom.functional((Linen(), jax.jit(Linen().init)(jax.random.key(0), X)))
 
 
 def loss_of(fn):
@@ -45,16 +45,22 @@ def loss_of(fn):
     return loss
 
 
+@functools.cache
+def compiled(fn, metric):
+    return jax.jit(loss_of(fn) if metric == "loss" else fn)
+
+
 def by_hand(metric, fn, params, path, encoder):
     """Compresses one parameter, runs the model, and compares in NumPy."""
     small = jom.materialize(jom.compress(params, [Rule(path, encoder)]))
+    run = compiled(fn, metric)
     over = under = 0.0
     for x, y in BATCHES:
         if metric == "loss":
-            over += float(loss_of(fn)(small, x, y)) - float(loss_of(fn)(params, x, y))
+            over += float(run(small, x, y)) - float(run(params, x, y))
             under += 1
             continue
-        a, b = (np.asarray(fn(p, x), np.float64) for p in (params, small))
+        a, b = (np.asarray(run(p, x), np.float64) for p in (params, small))
         if metric == "mse":
             over, under = over + np.sum((a - b) ** 2), under + np.sum(a**2)
             continue
@@ -68,7 +74,7 @@ def by_hand(metric, fn, params, path, encoder):
     [("dict", "loss"), ("linen", "mse"), ("nnx", "kl"), ("nnx", "loss")],
 )
 def test_scores_are_those_of_a_plain_loop(kind, metric):
-    fn, params = models()[kind]
+    fn, params = model(kind)
     batches = BATCHES if metric == "loss" else [(x,) for x, _ in BATCHES]
     given = {"metric": metric, "loss": loss_of(fn)}
     found = quant.sensitivity(fn, params, batches, FORMATS, **given)

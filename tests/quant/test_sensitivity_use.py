@@ -88,7 +88,11 @@ WRONG = [
         ValueError,
         r"sensitivity: Int\(bits=4, group=5\): hidden/kernel: group",
     ),
-    ({"candidates": [jom.chain(*INT, quant.Input(bits=8))]}, TypeError, "rounds inputs, too"),
+    (
+        {"candidates": [jom.chain(*INT, quant.Input(bits=8))]},
+        TypeError,
+        r"rounds inputs, too.* by guard, whose evaluate runs simulate\(fn\)",
+    ),
     ({"candidates": [quant.GPTQ(INT[0])]}, ValueError, "hidden/kernel: .* needs the statistics"),
     ({"batches": [X]}, TypeError, "a batch is ArrayImpl"),
     ({"batches": (X,)}, TypeError, "batches is tuple"),

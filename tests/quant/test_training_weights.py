@@ -16,7 +16,7 @@ W, G = RNG.normal(size=(12, 5)) * 0.4, RNG.normal(size=(12, 5))
 
 
 def f32(x):
-    return jnp.asarray(x, jnp.float32)
+    return np.asarray(x, np.float32)
 
 
 def latent_of(encoder, w, axes=None):

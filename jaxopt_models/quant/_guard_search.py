@@ -1,0 +1,190 @@
+"""The search behind the guard of accuracy: trees that were tried, and what to try next."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .._paths import flatten
+from .._recipe import Rule, check_recipe
+from ._allocate import allocate, check_usable, recipe_of, storage
+from ._choices import Candidate, Sensitivity, stored_bits
+
+# Budgets that are looked at, evenly spread; six evaluations find one among so many.
+_RUNGS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A recipe, what it is made of, and its size in bits as far as that is known."""
+
+    recipe: list[Rule]
+    picks: tuple[Candidate, ...] = ()
+    bits: int = 0
+
+    @classmethod
+    def of(cls, sensitivity: Sensitivity, picks: Sequence[Candidate]) -> Rung:
+        """Makes a recipe of one candidate for each parameter."""
+        bits = sensitivity.others + sum(k.bits for k in picks)
+        return cls(recipe_of(sensitivity, picks), tuple(picks), bits)
+
+
+@dataclasses.dataclass
+class Tried:
+    """A tree that was evaluated; dropped unless it is the best."""
+
+    rung: Rung
+    small: Any
+    bits: int
+    score: float
+    good: bool
+
+
+class Search:
+    """The trees that were tried, and the best."""
+
+    def __init__(
+        self,
+        params: Any,
+        evaluate: Callable[[Any], Any],
+        limit: tuple[float, float],
+        compress: Callable[[Any, list[Rule]], Any],
+        save: Any,
+        advance: Callable[[str], None],
+    ):
+        self.params, self.evaluate, self.limit, self.compress = params, evaluate, limit, compress
+        self.save, self.advance = save, advance
+        self.rows: list[tuple] = []
+        self.tried: list[Tried] = []
+        self.saved: Tried | None = None
+        self.interrupted = False
+        self.samples = self._scores(params)
+        self.dense = float(np.mean(self.samples))
+        if not math.isfinite(self.dense):
+            raise ValueError(f"guard: evaluate gives {self.dense} for the dense tree")
+        self.best = self._record("dense", Rung([]), params, self.samples)
+
+    def _scores(self, tree: Any) -> np.ndarray:
+        """Returns the scores of all samples, or the one score there is."""
+        found = np.asarray(self.evaluate(tree), np.float64)
+        if found.ndim > 1 or not found.size:
+            raise ValueError(
+                f"guard: evaluate gives shape {found.shape}; give a score, or one for each sample"
+            )
+        return found
+
+    def _good(self, scores: np.ndarray) -> bool:
+        drop, sure = self.limit
+        if scores.shape != self.samples.shape:
+            raise ValueError(
+                f"guard: evaluate gives scores of shape {scores.shape}, for the dense tree "
+                f"{self.samples.shape}; give those of the same samples each time"
+            )
+        if scores.size == 1:
+            return bool(scores >= self.samples - drop)
+        lost = self.samples - scores
+        return bool(lost.mean() + sure * lost.std(ddof=1) / math.sqrt(lost.size) <= drop)
+
+    def _record(self, what: str, rung: Rung, small: Any, scores: np.ndarray) -> Tried:
+        bits = sum(stored_bits(p.value) for p in flatten(small)[0])
+        score = float(np.mean(scores))
+        new = Tried(rung, small, bits, score, self._good(scores))
+        self.rows.append((what, -(-bits // 8), score, self.dense - score, new.good))
+        self.tried.append(new)
+        self.advance(f"{bits / 8:,.0f} bytes, {self.dense - score:.4g} below")
+        return new
+
+    def good(self, what: str, rung: Rung) -> bool:
+        """Evaluates a recipe, once, and keeps the tree where it is the best."""
+        for old in self.tried:
+            if old.rung.recipe == rung.recipe:
+                return old.good
+        small = self.compress(self.params, list(rung.recipe))
+        new = self._record(what, rung, small, self._scores(small))
+        worse = new
+        if new.good and new.bits < self.best.bits:
+            worse, self.best = self.best, new
+            self.keep()
+        worse.small = None
+        return new.good
+
+    def keep(self) -> None:
+        """Writes the best tree, if it is not written already."""
+        if self.save is not None and self.saved is not self.best:
+            from .. import artifact
+
+            artifact.save(self.save, self.best.small, recipe=self.best.rung.recipe)
+            self.saved = self.best
+
+    def halve(self, what: str, rungs: Sequence[Rung]) -> None:
+        """Looks for the first recipe that is good enough, as if all after it were."""
+        low, high = -1, len(rungs)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.good(what, rungs[middle]):
+                high = middle
+            else:
+                low = middle
+
+    def largest_failure(self) -> Rung | None:
+        """Returns the largest tree that was not good enough and is smaller than the best."""
+        failed = [t for t in self.tried if not t.good and t.bits < self.best.bits]
+        return max(failed, key=lambda t: t.bits).rung if failed else None
+
+
+def rungs_of(candidates: Any) -> list[Rung]:
+    """Returns recipes from the smallest to the largest."""
+    if isinstance(candidates, Sensitivity):
+        return _assignments(candidates)
+    if not isinstance(candidates, Sequence) or isinstance(candidates, str | Rule):
+        raise TypeError(
+            f"guard: candidates={candidates!r:.80}; give what sensitivity(...) returns, or a list "
+            "of recipes"
+        )
+    found = [Rung(check_recipe(recipe, who="guard")) for recipe in candidates]
+    if not found:
+        raise ValueError("guard: there is no recipe to choose from")
+    return found
+
+
+def _assignments(sensitivity: Sensitivity) -> list[Rung]:
+    """Returns the best assignments for budgets from the least that is possible to the best."""
+    check_usable(sensitivity, "guard")
+    least = sum(min(k.bits for k in c.candidates if math.isfinite(k.score)) for c in sensitivity)
+    largest = sum(max(k.bits for k in c.candidates) for c in sensitivity)
+    free = allocate(sensitivity, [storage(sensitivity, largest)])
+    most = sum(c.candidates[k].bits for c, k in zip(sensitivity, free, strict=True))
+    found: dict[tuple[int, ...], None] = {}
+    for step in range(_RUNGS):
+        budget = least + (most - least) * step / (_RUNGS - 1)
+        picked = allocate(sensitivity, [storage(sensitivity, budget)], gap=1e-4)
+        found[tuple(picked)] = None
+    return [
+        Rung.of(sensitivity, [c.candidates[k] for c, k in zip(sensitivity, picks, strict=True)])
+        for picks in found
+    ]
+
+
+def mended(sensitivity: Sensitivity, search: Search) -> list[Rung]:
+    """Returns what a failed recipe becomes as its worst parameters get more bits, one by one."""
+    failed = search.largest_failure()
+    picks = [] if failed is None else list(failed.picks)
+    found = []
+    while any(k.encoder is not None for k in picks):
+        at = max(
+            (i for i, k in enumerate(picks) if k.encoder is not None), key=lambda i: picks[i].score
+        )
+        choices = sensitivity.choices[at]
+        larger = [k for k in choices.candidates if k.bits > picks[at].bits]
+        better = [k for k in larger if k.score < picks[at].score]
+        dense = Candidate(None, choices.dense, 0.0)
+        picks[at] = min(better, key=lambda k: k.bits, default=dense)
+        rung = Rung.of(sensitivity, picks)
+        if rung.bits >= search.best.bits:
+            break
+        found.append(rung)
+    return found
