@@ -162,6 +162,8 @@ def test_missing_texts_say_where_they_were_sought(tmp_path, monkeypatch):
         (tarred({_text.ARCHIVE: tarred({"a.txt": b"a"})}), r"holds no tiny.txt"),
         (tarred({"tiny.txt": bytes((1 << 24) + 1)}), "has 16777217 bytes, too many"),
     ],
+    # Archives hold the time at which they were made, and names of tests must not.
+    ids=["empty", "text", "gzip", "another file", "an archive of another", "too large"],
 )
 def test_other_archives_are_refused_by_name(tmp_path, content, says):
     path = tmp_path / _text.SDIST
