@@ -42,6 +42,10 @@ class Tabled(Format):
             scale = jnp.maximum(scale, divide(high, t.highest))
         if t.lowest < 0:
             scale = jnp.maximum(scale, divide(-low, -t.lowest))
+        if 0 not in t.sorted:
+            # What is zero cannot be, so it becomes as small as can be.
+            kept = "float16" if self.scale == "float16" else scale.dtype
+            scale = jnp.maximum(scale, float(jnp.finfo(kept).tiny))
         return Grid(self.kept_scale(scale))
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:

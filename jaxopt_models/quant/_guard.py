@@ -74,7 +74,8 @@ def guard(
 
     .. math:: \mathrm{mean}(d) + z \, \mathrm{std}(d) / \sqrt{n} \le \mathrm{drop}
 
-    with the quantile `z` of the normal distribution.
+    with the quantile `z` of the normal distribution. That is the bound of each tree by itself: a
+    dozen are tried on the same samples, so what is returned holds a little less often.
 
     Args:
       params: the dense parameters (or pruned ones), to which everything is compared.

@@ -25,8 +25,8 @@ class RMS(Observer):
     that are pruned do not count.
 
     Args:
-      times: the number :math:`t`; ``None`` for the largest value of a format with a table, so
-        that its scale becomes the root mean square, as :class:`Normal` wants it.
+      times: the number :math:`t`; ``None`` for the largest value of a format with a symmetric
+        table, so that its scale becomes the root mean square, as :class:`Normal` wants it.
 
     Raises:
       TypeError: if it is no number.
@@ -53,8 +53,11 @@ class RMS(Observer):
         weight = jnp.ones((), x.dtype) if weight is None else weight.astype(x.dtype)
         weight = jnp.broadcast_to(weight, x.shape)
         total = jnp.sum(weight, axis=-2)
-        mean = jnp.sum(weight * x * x, axis=-2) / jnp.where(total > 0, total, 1)
-        high = jnp.sqrt(mean) * self._times(fmt)
+        # Squares of very small and very large numbers are beyond those of float32.
+        top = jnp.max(jnp.where(weight > 0, jnp.abs(x), 0), axis=-2)
+        part = x / jnp.where(top > 0, top, 1)[..., None, :]
+        mean = jnp.sum(weight * part * part, axis=-2) / jnp.where(total > 0, total, 1)
+        high = top * jnp.sqrt(mean) * self._times(fmt)
         return -high, high
 
     def _times(self, fmt: Format) -> float:
