@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ class Trained:
     Args:
       model: the linen module.
       params: its parameters.
-      images: the images; the last 10,000 training images are for choosing.
+      images: the images; ``held_out``, the last 10,000 training images are for choosing.
       error: from parameters to the share of wrong test images.
     """
 
@@ -79,12 +80,9 @@ def output_errors(trained: Trained, small: Any, n: int = 1024) -> dict[str, floa
     return found
 
 
-def is_encoded(x: Any) -> bool:
-    """Whether a node stands for a compressed parameter."""
-    return isinstance(x, jom.Encoded)
-
-
-def stored_bytes(tree: Any) -> float:
-    """Returns the bytes of all leaves of a tree."""
-    leaves = jax.tree.leaves(tree, is_leaf=is_encoded)
-    return sum(a.storage_bits() / 8 if is_encoded(a) else a.nbytes for a in leaves)
+def accuracy(images: data.Images, fn: Callable[..., Any], params: Any) -> float:
+    """Returns the share of test images of which a function of `(params, x)` is right, in %."""
+    run, x, y = jax.jit(fn), images.test_images, images.test_labels
+    parts = [slice(i, i + 1000) for i in range(0, len(x), 1000)]
+    found = np.concatenate([np.asarray(run(params, x[part])).argmax(1) for part in parts])
+    return 100 * float(np.mean(found == y))

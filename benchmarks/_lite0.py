@@ -14,7 +14,7 @@ import numpy as np
 import jaxopt_models as jom
 from jaxopt_models import models
 
-from ._lenet import is_encoded
+from ._trees import is_encoded, leaves
 
 BATCH = 8
 # The photographs whose classes are published, and the others of the same package.
@@ -89,9 +89,7 @@ _rounding = jax.jit(jom.simulate(apply))
 
 def logits(variables: Any, images: np.ndarray) -> np.ndarray:
     """Returns the logits of many images; inputs are rounded where leaves say so."""
-    leaves = jax.tree.leaves(variables, is_leaf=is_encoded)
-    encoded = any(map(is_encoded, leaves))
-    run = _rounding if encoded else _compiled
+    run = _rounding if any(map(is_encoded, leaves(variables))) else _compiled
     pad = np.concatenate([images, images[:1].repeat(-len(images) % BATCH, axis=0)])
     found = [np.asarray(run(variables, *batch)) for batch in batches(pad)]
     return np.concatenate(found)[: len(images)]
@@ -111,13 +109,3 @@ class Agreement:
     def __call__(self, variables: Any) -> float:
         """Returns the share of images."""
         return float(np.mean(logits(variables, self.images).argmax(1) == self.float.argmax(1)))
-
-
-def bits_per_weight(variables: Any) -> float:
-    """Returns the mean over all kernels, scales and all else counted."""
-    stored = values = 0
-    for leaf in jax.tree.leaves(variables["params"], is_leaf=is_encoded):
-        if len(leaf.shape) > 1:
-            values += leaf.size
-            stored += leaf.storage_bits() if is_encoded(leaf) else 32 * leaf.size
-    return stored / values

@@ -16,8 +16,6 @@ import optax
 import jaxopt_models as jom
 from jaxopt_models import data, models, quant
 
-from ._lenet import is_encoded
-
 BATCH = 32
 # Sentences are cut here for the figures; nine of ten films' are shorter.
 LENGTH = 48
@@ -94,16 +92,6 @@ class Agreement:
         pairs = list(zip(found, self.float, strict=True))
         self.cosine = float(np.mean([np.sum(a * b, axis=1) for a, b in pairs]))
         return [float(np.mean(nearest(a) == nearest(b))) for a, b in pairs]
-
-
-def bits_per_weight(params: Any) -> float:
-    """Returns the mean over all two-dimensional weights, scales and all else counted."""
-    stored = values = 0
-    for leaf in jax.tree.leaves(params, is_leaf=is_encoded):
-        if len(leaf.shape) == 2:
-            values += leaf.size
-            stored += leaf.storage_bits() if is_encoded(leaf) else 32 * leaf.size
-    return stored / values
 
 
 def calibration(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ def _tokens(texts: list[str], labels: list[int]) -> Part:
     return models.minilm_tokens(texts, length=LENGTH), np.array(labels)
 
 
-@functools.cache
 def sentiment(train: int, test: int) -> tuple[Part, Part]:
     """Returns sentences of films that are clearly for or against, of both splits."""
     parts = []
@@ -31,7 +29,6 @@ def sentiment(train: int, test: int) -> tuple[Part, Part]:
     return parts[0], parts[1]
 
 
-@functools.cache
 def domains(train: int, test: int) -> tuple[Part, Part]:
     """Returns as many sentences of each of the four domains, of both splits."""
     parts = []

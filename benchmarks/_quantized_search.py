@@ -12,8 +12,9 @@ import numpy as np
 import jaxopt_models as jom
 from jaxopt_models import quant
 
-from ._lenet import lenet, stored_bytes
-from ._rows import Row, mean_row
+from ._lenet import lenet
+from ._rows import Row
+from ._trees import stored_bytes
 
 logger = logging.getLogger(__name__)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -85,6 +86,6 @@ def rows(*, quick: bool) -> list[Row]:
     return [
         Row("bit search: loss above uniform 4 bits, worst seed", worst["loss"], "<= 0"),
         Row("bit search: bytes over those of uniform 4 bits", worst["bytes"], "<= 1"),
-        mean_row("guard of 0.5: points lost on test images", [s["drop"] for s in seeds], "<= 0.5"),
+        Row("guard of 0.5: points lost on test images, worst seed", worst["drop"], "<= 0.5"),
         Row("guard of 0.5: size over int8's, worst seed", worst["size"], "<= 0.6"),
     ]

@@ -63,10 +63,11 @@ def timing(*, quick: bool) -> list[Row]:
         ratio = statistics.median(other) / fast
         note = f"Qwix took {statistics.median(other):.2f} s, warm"
         found.append(Row("GPTQ, 512 x 512: times faster than Qwix", ratio, ">= 60", note=note))
-    large = problem(1024 if quick else 4096)
+    size = 1024 if quick else 4096
+    large = problem(size)
     seconds(ours, *large)
     value = statistics.median(seconds(ours, *large) for _ in range(rounds))
-    found.append(Row("GPTQ, 4096 x 4096, seconds, warm", value, "<= 20"))
+    found.append(Row(f"GPTQ, {size} x {size}, seconds, warm", value, "<= 20"))
     return found
 
 

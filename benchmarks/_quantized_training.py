@@ -15,6 +15,7 @@ import optax
 import jaxopt_models as jom
 from jaxopt_models import Rule, chain, data, quant
 
+from ._lenet import accuracy
 from ._rows import Row, mean_row
 
 logger = logging.getLogger(__name__)
@@ -100,15 +101,6 @@ class Task:
             carry = epoch(carry, jax.random.fold_in(jax.random.key(self.seed), i))
         return jom.combine(carry[0], carry[1])
 
-    def accuracy(self, fn: Callable[..., Any], params: Any) -> float:
-        """Returns the share of right test images, in %."""
-        run, x, y = jax.jit(fn), self.images.test_images, self.images.test_labels
-        parts = range(0, len(x), 1000)
-        right = [
-            np.asarray(run(params, x[i : i + 1000])).argmax(1) == y[i : i + 1000] for i in parts
-        ]
-        return 100 * float(np.mean(np.concatenate(right)))
-
 
 def shipped(task: Task, run: Callable[..., Any], latents: Any, recipe: list[Rule]) -> float:
     """Returns the accuracy of what is shipped, after checking that it is what was trained."""
@@ -116,7 +108,7 @@ def shipped(task: Task, run: Callable[..., Any], latents: Any, recipe: list[Rule
     for a, b in zip(*map(jax.tree.leaves, map(jom.materialize, (small, latents))), strict=True):
         if not np.array_equal(a, b):
             raise AssertionError("what is shipped differs from what was trained")
-    return task.accuracy(run, small)
+    return accuracy(task.images, run, small)
 
 
 def lenet_gaps(task: Task) -> dict[str, float]:
@@ -124,7 +116,7 @@ def lenet_gaps(task: Task) -> dict[str, float]:
     model = jom.models.LeNet300()
     fn, params = jom.functional((model, model.init(jax.random.key(task.seed), task.x[:1])))
     dense = task.train(fn, params)
-    found, run = {"float": task.accuracy(fn, dense)}, jom.simulate(fn)
+    found, run = {"float": accuracy(task.images, fn, dense)}, jom.simulate(fn)
     for bits in (4, 2):
         # Every layer's input is an image or behind a ReLU, so never negative.
         both = chain(quant.LSQ(bits=bits), quant.LearnedInput(bits=bits, signed=False))
@@ -140,7 +132,7 @@ def lenet_gaps(task: Task) -> dict[str, float]:
 
 def xnor_gaps(task: Task) -> dict[str, float]:
     """Trains the float network with ReLU, and the one with signs in its place."""
-    found, accuracy = {}, {}
+    found, share = {}, {}
     for name, model in {"float": Mlp(), "xnor": Mlp(relu=False)}.items():
         variables = model.init(jax.random.key(task.seed), task.x[:1])
         step, params = jom.functional((model, variables), mutable=True)
@@ -154,11 +146,11 @@ def xnor_gaps(task: Task) -> dict[str, float]:
         )
         run = jom.simulate(fn)
         if recipe:
-            accuracy[name] = shipped(task, run, latents, recipe)
+            share[name] = shipped(task, run, latents, recipe)
             found["packed"] = packed_difference(latents)
         else:
-            accuracy[name] = task.accuracy(fn, latents)
-    return {**found, "xnor": accuracy["xnor"] - accuracy["float"]}
+            share[name] = accuracy(task.images, fn, latents)
+    return {**found, "xnor": share["xnor"] - share["float"]}
 
 
 def packed_difference(latents: Any) -> float:

@@ -10,8 +10,9 @@ import jax
 import jaxopt_models as jom
 from jaxopt_models import Rule, quant
 
-from ._lite0 import Agreement, apply, batches, bits_per_weight, named, network, others
+from ._lite0 import Agreement, apply, batches, named, network, others
 from ._rows import Row
+from ._trees import bits_per_weight
 
 logger = logging.getLogger(__name__)
 KEY = jax.random.key(0)
@@ -59,7 +60,7 @@ def run(*, quick: bool = False) -> list[Row]:
         ),
         ("at most 4.7 bits, GPTQ", solved(FEW), ">= 0.8"),
     ):
-        bits, value = bits_per_weight(tree), agreement(tree)
+        bits, value = bits_per_weight(tree["params"]), agreement(tree)
         logger.info("%s: %.3f at %.2f bits a weight", name, value, bits)
         note = f"{bits:.2f} bits a weight"
         found.append(Row(f"{name}: share of images with the same class", value, bar, note=note))

@@ -14,9 +14,9 @@ import jaxopt_models as jom
 from jaxopt_models import Axes, Rule, quant
 
 from . import _probes
-from ._lenet import stored_bytes
-from ._minilm import Agreement, bits_per_weight, calibration, encoder, sentences, tuned
+from ._minilm import Agreement, calibration, encoder, sentences, tuned
 from ._rows import Row, mean_row
+from ._trees import bits_per_weight, stored_bytes
 
 logger = logging.getLogger(__name__)
 # Vectors of words are looked up: each has its own scale.
@@ -111,28 +111,35 @@ def search(*, quick: bool) -> list[Row]:
         pair = [float(jax.jit(loss)(jom.materialize(p), *fresh)) for p in (mixed, four)]
         logger.info("search, seed %s: loss %.4f, uniform %.4f", seed, *pair)
         values.append(pair[0] / pair[1])
-    claim = "bit search on kernels at 4 bits: loss over uniform, worst of three seeds"
+    claim = f"bit search on kernels at 4 bits: loss over uniform, worst of {len(values)} seeds"
     return [Row(claim, max(values), "<= 1", tuple(values))]
 
 
-def probes(small: Any, name: str, *, quick: bool) -> list[Row]:
-    """Returns by how many points linear probes on the vectors are worse than on float ones."""
+def probes(quick: bool) -> dict[str, tuple[Any, float]]:
+    """Returns the sentences of each linear probe, and its accuracy on float vectors."""
     count = (200, 200) if quick else (2000, 1000)
-    found = []
-    for kind, parts in (
-        ("sentiment", _probes.sentiment(*count)),
-        ("domain", _probes.domains(*count)),
-    ):
-        dense, other = (_probes.accuracy(p, parts) for p in (encoder().params, small))
-        note = f"float {dense:.1f} %"
-        found.append(Row(f"{name}, {kind} probe: points lost", dense - other, "<= 1", note=note))
-    return found
+    parts = {"sentiment": _probes.sentiment(*count), "domain": _probes.domains(*count)}
+    return {n: (p, _probes.accuracy(encoder().params, p)) for n, p in parts.items()}
+
+
+def lost(small: Any, name: str, known: dict[str, tuple[Any, float]]) -> list[Row]:
+    """Returns by how many points probes on the vectors are worse than on float ones."""
+    return [
+        Row(
+            f"{name}, {kind} probe: points lost",
+            dense - _probes.accuracy(small, parts),
+            "<= 1",
+            note=f"float {dense:.1f} %",
+        )
+        for kind, (parts, dense) in known.items()
+    ]
 
 
 def run(*, quick: bool = False) -> list[Row]:
     """Measures everything on the sentences kept for the test."""
     texts = sentences("movie").test.texts
     agreement = Agreement(texts, sets=1, size=64) if quick else Agreement(texts)
+    known = probes(quick)
     claim = "{}: share of sentences with the same neighbour"
     found = [
         mean_row(claim.format("8 bits per channel, rotated"), agreement(plain(EIGHT)), ">= 0.96")
@@ -154,5 +161,5 @@ def run(*, quick: bool = False) -> list[Row]:
             logger.info("%s, %s: %s, cosine %.4f", limit, what, values, agreement.cosine)
             found.append(mean_row(claim.format(f"{limit} bits, {what}"), values, f">= {bar}"))
             if limit == 4.5:
-                found += probes(tree, f"{limit} bits, {what}", quick=quick)
+                found += lost(tree, f"{limit} bits, {what}", known)
     return [*found, *awq(quick=quick), *search(quick=quick)]

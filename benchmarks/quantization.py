@@ -6,14 +6,11 @@ import logging
 import statistics
 from typing import Any
 
-import jax
-import numpy as np
-
 import jaxopt_models as jom
 from jaxopt_models import quant
 
 from . import _quantized_search, _quantized_solvers, _quantized_training
-from ._lenet import Trained, lenet, output_errors
+from ._lenet import Trained, accuracy, lenet, output_errors
 from ._rows import Row, mean_row
 
 logger = logging.getLogger(__name__)
@@ -42,20 +39,9 @@ def one_seed(seed: int, *, quick: bool) -> dict[str, float]:
     w8a8 = jom.chain(quant.Int(bits=8), quant.Input(bits=8, per="static", symmetric=False))
     small = solved(trained, w8a8)
     run = jom.simulate(trained.apply)
-    found["w8a8"] = accuracy_of(trained, lambda x: run(small, x))
+    found["w8a8"] = accuracy(trained.images, run, small)
     logger.info("seed %s: %s", seed, {k: round(v, 3) for k, v in found.items()})
     return found
-
-
-def accuracy_of(trained: Trained, predict: Any) -> float:
-    """Returns the accuracy of a function of images, in %."""
-    x, y = trained.images.test_images, trained.images.test_labels
-    predict = jax.jit(predict)
-    right = [
-        np.asarray(predict(x[i : i + 1000])).argmax(-1) == y[i : i + 1000]
-        for i in range(0, len(x), 1000)
-    ]
-    return 100 * float(np.mean(np.concatenate(right)))
 
 
 def run(*, quick: bool = False) -> list[Row]:

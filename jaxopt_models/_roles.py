@@ -129,7 +129,7 @@ class UnknownStep(Exception):
     """A step of which nothing says where it takes an axis."""
 
 
-class _Lines:
+class Lines:
     """Where each axis of a value, and each axis taken away, leads in the parameter."""
 
     def __init__(self, o: Origin, shape: tuple[int, ...]):
@@ -205,7 +205,7 @@ def roles(o: Origin, product: Product) -> Roles | str:
     if o.lost:
         return o.lost
     try:
-        lines = _Lines(o, tuple(product.eqn.invars[product.position].aval.shape))
+        lines = Lines(o, tuple(product.eqn.invars[product.position].aval.shape))
     except UnknownStep as step:
         return f"its axes are not followed through {step}"
     if not lines.add_up():
@@ -245,7 +245,7 @@ def roles(o: Origin, product: Product) -> Roles | str:
 def _read(
     o: Origin,
     product: Product,
-    lines: _Lines,
+    lines: Lines,
     lead: list[int],
     picked: list[tuple[int, int]],
     indices: list[int],
@@ -313,5 +313,5 @@ def _read(
     )
 
 
-def _union(lines: _Lines, dims: list[int]) -> set[int]:
+def _union(lines: Lines, dims: list[int]) -> set[int]:
     return set().union(*(lines.varies(d) for d in dims)) if dims else set()

@@ -13,10 +13,31 @@ if not os.environ.get("TESTS_OPTIMIZED") and "--full" not in sys.argv:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {level}".strip()
 
 import jax
+import optax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def descend():
+    """Trains `trainable` by a loss of `(trainable, x)` for each of `xs`, as one program."""
+
+    def run(loss, tx, trainable, xs):
+        def step(carry, x):
+            trainable, state = carry
+            value, grads = jax.value_and_grad(loss)(trainable, x)
+            updates, state = tx.update(grads, state, trainable)
+            return (optax.apply_updates(trainable, updates), state), value
+
+        def train(trainable, xs):
+            (trained, _), values = jax.lax.scan(step, (trainable, tx.init(trainable)), xs)
+            return trained, values
+
+        return jax.jit(train)(trainable, xs)
+
+    return run
 
 
 def pytest_addoption(parser):

@@ -234,7 +234,7 @@ def model(name):
 
 
 @pytest.mark.parametrize("name", ["linen", "nnx", "scan"])
-def test_training_with_learned_weights_and_inputs(name):
+def test_training_with_learned_weights_and_inputs(name, descend):
     fn, params, x = model(name)
     encoder = chain(quant.LSQ(bits=4), quant.LearnedInput(bits=4, start=0.2))
     scan = name == "scan"
@@ -243,21 +243,10 @@ def test_training_with_learned_weights_and_inputs(name):
     trainable, rest = jom.partition(jax.jit(lambda p: jom.prepare(p, recipe))(params))
     run, tx = jom.simulate(fn), optax.adam(2e-2)
 
-    def loss(trainable):
+    def loss(trainable, _):
         return jnp.mean((run(jom.combine(trainable, rest), x) - target) ** 2)
 
-    @jax.jit
-    def train(trainable):
-        def step(carry, _):
-            trainable, state = carry
-            value, grads = jax.value_and_grad(loss)(trainable)
-            updates, state = tx.update(grads, state, trainable)
-            return (optax.apply_updates(trainable, updates), state), value
-
-        (trainable, _), values = lax.scan(step, (trainable, tx.init(trainable)), length=60)
-        return trainable, values
-
-    trainable, values = train(trainable)
+    trainable, values = descend(loss, tx, trainable, jnp.arange(60))
     assert float(values[-1]) < 0.6 * float(values[0])
     latents = jom.combine(trainable, rest)
     small = jax.jit(lambda p: jom.compress(p, recipe))(latents)

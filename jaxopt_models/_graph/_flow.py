@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .._roles import UnknownStep, _Lines
+from .._roles import Lines, UnknownStep
 from .._tracked import Origin, Tracked, is_tracked
 from ._fixed import paths_of
 from ._nodes import Graph, Node, Value
@@ -129,7 +129,7 @@ class Flow:
             if o.lost or o.at:
                 return []
             try:
-                lines = _Lines(o, shape)
+                lines = Lines(o, shape)
                 if not lines.add_up():
                     return []
             except UnknownStep:

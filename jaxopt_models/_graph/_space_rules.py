@@ -179,9 +179,14 @@ def updates(s: Spaces, node: Node) -> Turns:
         return fixes(s, node)
     if is_zero(x):
         return [first]
+    return _alike(s, node, t, u, "are one value")
+
+
+def _alike(s: Spaces, node: Node, t: Turn | None, u: Turn | None, what: str) -> Turns:
+    """Two values that become one have to be turned in the same way."""
     if t is None or u is None or t.dims != u.dims or t.square or u.square:
         return fixes(s, node)
-    t.space.join(u.space, f"vectors of several lengths are one value ({node.label})")
+    t.space.join(u.space, f"vectors of several lengths {what} ({node.label})")
     return [t]
 
 
@@ -198,10 +203,7 @@ def leaves(s: Spaces, node: Node) -> Turns:
     if t is None and u is None:
         s.stays(end)
         return [None]
-    if t is None or u is None or t.dims != u.dims or t.square or u.square:
-        return fixes(s, node)
-    t.space.join(u.space, f"vectors of several lengths are carried ({node.label})")
-    return [t]
+    return _alike(s, node, t, u, "are carried")
 
 
 def slices(s: Spaces, node: Node) -> Turns:

@@ -14,7 +14,7 @@ from .._call import name_of
 from .._deferred import LAYOUT
 from .._graph import Graph, Node, paths_of, traced
 from .._products import Product, product_of
-from .._roles import _Lines, pull, roles
+from .._roles import Lines, pull, roles
 from .._table import Table
 from .._tracked import Origin, is_tracked
 from ._sums import NotFollowed, sums_after
@@ -147,7 +147,7 @@ def _matched(
     for o in (kernel, bias):
         taken = [h.before[0] for h in o.hops if h.step.name == "loop"]
         length |= dict(zip(o.loops, taken, strict=True))
-    lines = _Lines(bias, shape)
+    lines = Lines(bias, shape)
     taken = len(lines.taken)
     # Along the other axes all entries are added to alike; one stands for them.
     every = [d for d in range(len(shape)) if lines.varies(taken + d)]

@@ -138,7 +138,6 @@ def guard(
                 search.halve("mended", mended(candidates, search))
         except KeyboardInterrupt:
             search.interrupted = True
-            search.keep()
     return _result(search)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from .._deferred import LAYOUT
+from .._deferred import LAYOUT, never
 from .._graph import LINEAR, Node, Value, paths_of
 from .._tracked import Hop, Step, is_tracked
 
@@ -112,7 +111,7 @@ def _inside(x: Value) -> Sum | None:
 def _hop(node: Node, i: int) -> Hop:
     """Returns the step from an operand to the result, which may have more entries."""
     before, after = tuple(node.eqn.invars[i].aval.shape), node.outs[0].shape
-    return Hop(Step(node.name, node.eqn.params, _never), i, before, after)
+    return Hop(Step(node.name, node.eqn.params, never), i, before, after)
 
 
 def _parts(split: Node) -> list[Hop]:
@@ -121,11 +120,7 @@ def _parts(split: Node) -> list[Hop]:
     found = []
     for out in split.outs:
         begin = [start if d == axis else 0 for d in range(len(whole))]
-        step = Step("slice", {"start_indices": begin, "strides": None}, _never)
+        step = Step("slice", {"start_indices": begin, "strides": None}, never)
         found.append(Hop(step, 0, whole, out.shape))
         start += out.shape[axis]
     return found
-
-
-def _never(*_: Any) -> Any:
-    raise AssertionError("a step that is only followed")

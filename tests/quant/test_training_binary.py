@@ -174,7 +174,7 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["XNOR", "BinaryConnect", "stochastic"])
-def test_the_loss_falls_and_what_was_trained_is_shipped(name):
+def test_the_loss_falls_and_what_was_trained_is_shipped(name, descend):
     rng = np.random.default_rng(1)
     x = f32(rng.normal(size=(64, 8)))
     target = f32(np.sign(np.asarray(x)[:, :2]))
@@ -195,18 +195,7 @@ def test_the_loss_falls_and_what_was_trained_is_shipped(name):
         tree = jom.combine(t, rest)
         return jnp.mean((run(show(tree, key) if connect else tree, x) - target) ** 2)
 
-    @jax.jit
-    def train(trainable):
-        def step(carry, key):
-            t, state = carry
-            value, grads = jax.value_and_grad(loss)(t, key)
-            updates, state = tx.update(grads, state, t)
-            return (optax.apply_updates(t, updates), state), value
-
-        (t, _), values = lax.scan(step, (trainable, tx.init(trainable)), jax.random.split(key, 150))
-        return t, values
-
-    trained, values = train(trainable)
+    trained, values = descend(loss, tx, trainable, jax.random.split(key, 150))
     values = np.asarray(values)
     assert values[-10:].mean() < 0.5 * values[:10].mean()
     if connect:

@@ -202,7 +202,7 @@ LAYERS = {
 }
 
 
-def test_the_loss_falls_and_what_was_trained_is_shipped():
+def test_the_loss_falls_and_what_was_trained_is_shipped(descend):
     rng = np.random.default_rng(1)
     x, out = f32(rng.normal(size=(64, 8))), f32(rng.normal(size=(8, 2)))
     target = jnp.sin(x @ out)
@@ -222,22 +222,11 @@ def test_the_loss_falls_and_what_was_trained_is_shipped():
     trainable, rest = jom.partition(prepare(params, dict(stats)))
     run, tx = jom.simulate(fn), optax.chain(optax.adam(1e-2), quant.clip_latents())
 
-    def loss(t):
+    def loss(t, _):
         tree = jom.combine(t, rest)
         return jnp.mean((run(tree, x) - target) ** 2) + 1e-4 * quant.clip_penalty(tree)
 
-    @jax.jit
-    def train(trainable):
-        def step(carry, _):
-            t, state = carry
-            value, grads = jax.value_and_grad(loss)(t)
-            updates, state = tx.update(grads, state, t)
-            return (optax.apply_updates(t, updates), state), value
-
-        (t, _), values = lax.scan(step, (trainable, tx.init(trainable)), length=300)
-        return t, values
-
-    trained, values = train(trainable)
+    trained, values = descend(loss, tx, trainable, jnp.arange(300))
     values = np.asarray(values)
     assert values[-10:].mean() < 0.5 * values[:10].mean()
     latents = jom.combine(trained, rest)
