@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zlib
 
 # The first import of JAX in a process fixes these.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,11 +14,21 @@ if not os.environ.get("TESTS_OPTIMIZED") and "--full" not in sys.argv:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {level}".strip()
 
 import jax
+import numpy as np
 import optax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item):
+    """What a test draws from the `RNG` of a module depends on its name, not on those before it."""
+    seed = zlib.crc32(item.nodeid.encode())
+    for module in list(sys.modules.values()):
+        rng = vars(module).get("RNG")
+        if isinstance(rng, np.random.Generator):
+            rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 
 @pytest.fixture
