@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from ._interrupt import interruptible
+
 logger = logging.getLogger("jaxopt_models")
 
 
 @contextlib.contextmanager
 def bar(title: str, total: int | None, *, done: int = 0, show: bool = True) -> Iterator[Callable]:
-    """Shows how far a loop has come.
+    """Shows how far a loop has come, and lets Ctrl-C end it.
 
-    Writes to standard error, and no control codes where that is no terminal.
+    Writes to standard error, and no control codes where that is no terminal. An interrupt that a
+    callback swallowed is raised after the step in which it came, bar or no bar.
 
     Args:
       title: what is being done.
@@ -27,13 +30,21 @@ def bar(title: str, total: int | None, *, done: int = 0, show: bool = True) -> I
       ``advance(text="")``, to be called after each step; ``text`` stands beside the bar.
     """
     if not show:
-        yield lambda text="": None
+        shown = contextlib.nullcontext(lambda text="": None)
     elif sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-        yield from _rich_bar(title, total, done)
+        shown = _rich_bar(title, total, done)
     else:
-        yield from _log_lines(title, total, done)
+        shown = _log_lines(title, total, done)
+    with interruptible() as check, shown as advance:
+
+        def step(text: str = "") -> None:
+            advance(text)
+            check()
+
+        yield step
 
 
+@contextlib.contextmanager
 def _rich_bar(title: str, total: int | None, done: int) -> Iterator[Callable]:
     from rich.console import Console
     from rich.progress import (
@@ -56,6 +67,7 @@ def _rich_bar(title: str, total: int | None, done: int) -> Iterator[Callable]:
         yield lambda text="": progress.update(task, advance=1, text=text)
 
 
+@contextlib.contextmanager
 def _log_lines(title: str, total: int | None, done: int) -> Iterator[Callable]:
     start, of = time.monotonic(), "" if total is None else f" of {total}"
     state = {"done": done, "next": start + 10}
