@@ -78,10 +78,12 @@ def one_seed(seed: int, *, quick: bool) -> dict[str, float]:
 
 
 def rows(*, quick: bool) -> list[Row]:
-    """Searches with three seeds."""
-    seeds = [one_seed(seed, quick=quick) for seed in ((0,) if quick else (0, 1, 2))]
-    for seed, found in enumerate(seeds):
+    """Searches with three seeds, on which nothing was chosen: settings were on seeds 0 to 2."""
+    seeds = []
+    for seed in (3,) if quick else (3, 4, 5):
+        found = one_seed(seed, quick=quick)
         logger.info("search, seed %s: %s", seed, {k: round(v, 4) for k, v in found.items()})
+        seeds.append(found)
     worst = {name: max(s[name] for s in seeds) for name in seeds[0]}
     return [
         Row("bit search: loss above uniform 4 bits, worst seed", worst["loss"], "<= 0"),

@@ -156,10 +156,14 @@ def run(*, quick: bool = False) -> list[Row]:
         learned = tuned(start, kernels, steps=steps, key=KEY)
         bits = max(map(bits_per_weight, (small, learned)))
         found.append(Row(f"at most {limit} bits a weight", bits, f"<= {limit}"))
-        for what, tree, bar in (("calibrated", small, bars[0]), ("learned", learned, bars[1])):
+        for what, tree, bar in (
+            ("calibrated", small, f">= {bars[0]}"),
+            ("start of the learned", start, ""),
+            ("learned", learned, f">= {bars[1]}"),
+        ):
             values = agreement(tree)
             logger.info("%s, %s: %s, cosine %.4f", limit, what, values, agreement.cosine)
-            found.append(mean_row(claim.format(f"{limit} bits, {what}"), values, f">= {bar}"))
-            if limit == 4.5:
+            found.append(mean_row(claim.format(f"{limit} bits, {what}"), values, bar))
+            if limit == 4.5 and bar:
                 found += lost(tree, f"{limit} bits, {what}", known)
     return [*found, *awq(quick=quick), *search(quick=quick)]

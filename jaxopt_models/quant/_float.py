@@ -34,6 +34,11 @@ class Tabled(Format):
         """Number of magnitudes of the values."""
         return max(2, len(self._values.order) // 2)
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero stands in the table."""
+        return 0 in self._values.sorted
+
     def grid(self, low: jax.Array, high: jax.Array) -> Grid:
         """Returns the smallest scale with which the table spans a range."""
         t = self._values
@@ -42,10 +47,6 @@ class Tabled(Format):
             scale = jnp.maximum(scale, divide(high, t.highest))
         if t.lowest < 0:
             scale = jnp.maximum(scale, divide(-low, -t.lowest))
-        if 0 not in t.sorted:
-            # What is zero cannot be, so it becomes as small as can be.
-            kept = "float16" if self.scale == "float16" else scale.dtype
-            scale = jnp.maximum(scale, float(jnp.finfo(kept).tiny))
         return Grid(self.kept_scale(scale))
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:

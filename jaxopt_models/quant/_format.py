@@ -74,6 +74,11 @@ class Format(Encoder):
         """Number of magnitudes that codes can mean, for :class:`Entropy`."""
         raise NotImplementedError
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether a code means zero."""
+        return True
+
     def grid(self, low: jax.Array, high: jax.Array) -> Grid:
         """Returns the grid that spans ranges `[low, high]`, zero among them."""
         raise NotImplementedError
@@ -181,29 +186,40 @@ class Format(Encoder):
         return per_run[:, :: self.block].T.reshape(*shape, per_run.shape[0])
 
     def kept_scale(self, scale: jax.Array) -> jax.Array:
-        """Returns scales `[groups, columns]` as they will be read back."""
-        scale = positive(scale)
+        """Returns scales `[groups, columns]` as they will be read back.
+
+        An all-zero run has the scale one and the code of zero. Where no code means zero, or a one
+        among the scales would spoil how they are encoded, its scale is zero: so are its values.
+        """
+        some = scale >= jnp.finfo(scale.dtype).tiny  # what is less, XLA flushes to zero
         if isinstance(self.scale, Format):
-            axes = Axes(out=(0,))
-            return positive(self.scale.encode(scale.T, axes=axes, **_NOTHING).rebuild().T)
+            scale = jnp.where(some, scale, 0)
+            return self._encoded_scale(scale.T).rebuild().T
         if self.scale == "power_of_two":
-            return power_of_two(scale, up=True)
-        if self.scale == "float32":
-            return scale
-        return positive(scale.astype(self.scale).astype(scale.dtype))
+            least = 1.0 if self.has_zero else float(jnp.finfo(scale.dtype).tiny)
+            return power_of_two(jnp.where(some, scale, least), up=True)
+        if self.scale != "float32":
+            scale = scale.astype(self.scale).astype(scale.dtype)
+        return positive(scale) if self.has_zero else jnp.where(some, scale, 0)
 
     def pack_scale(self, scale: jax.Array, m: Matrix) -> Any:
         """Returns scales `[groups, columns]` as a leaf keeps them: `[*out, groups]`."""
         scale = self.place(scale, m)
         if isinstance(self.scale, Format):
-            axes = Axes(out=tuple(range(scale.ndim - 1)))
-            return self.scale.encode(scale, axes=axes, **_NOTHING)
+            return self._encoded_scale(scale)
         if self.scale == "power_of_two":
             return scale.astype(jnp.float8_e8m0fnu)
         return scale if self.scale == "float32" else scale.astype(self.scale)
 
-
-_NOTHING: dict[str, Any] = {"keep": None, "stats": None, "key": None}
+    def _encoded_scale(self, scale: jax.Array) -> Encoded:
+        """Encodes scales `[..., groups]`."""
+        axes = Axes(out=tuple(range(scale.ndim - 1)))
+        try:
+            return self.scale.encode(scale, axes=axes, keep=None, stats=None, key=None)
+        except ValueError as e:
+            raise ValueError(
+                f"{self.scale!r}, which encodes the scales, {scale.shape[-1]} for each output: {e}"
+            ) from e
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:

@@ -101,8 +101,8 @@ def guard(
     Raises:
       TypeError: for arguments of another type.
       ValueError: if ``drop`` is negative, ``confidence`` out of range, the score of the dense
-        tree not finite, scores are of other samples than before, or there is nothing to choose
-        from.
+        tree not finite, scores are of other samples than before, there is nothing to choose
+        from, or recipes do not go from the smallest tree to the largest.
       FileNotFoundError: if the folder of ``save`` does not exist.
 
     Example:
@@ -126,6 +126,8 @@ def guard(
     for name, f in (("evaluate", evaluate), ("compress", compress or compress_)):
         if not callable(f):
             raise TypeError(f"guard: {name} is {type(f).__name__}; give a function")
+    if save is not None and not isinstance(save, (str, os.PathLike)):
+        raise TypeError(f"guard: save is {type(save).__name__}; give the path of a file")
     if save is not None and not os.path.isdir(os.path.dirname(os.path.abspath(save))):
         raise FileNotFoundError(f"guard: save={os.fspath(save)!r}: there is no such folder")
     rungs = rungs_of(candidates)

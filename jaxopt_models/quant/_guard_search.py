@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._paths import flatten
@@ -16,6 +18,8 @@ from ._choices import Candidate, Sensitivity, stored_bits
 
 # Budgets that are looked at, evenly spread; six evaluations find one among so many.
 _RUNGS = 64
+# How far the sum of scores may be above the least: scores are not as exact as this.
+_GAP = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +74,18 @@ class Search:
 
     def _scores(self, tree: Any) -> np.ndarray:
         """Returns the scores of all samples, or the one score there is."""
-        found = np.asarray(self.evaluate(tree), np.float64)
-        if found.ndim > 1 or not found.size:
-            raise ValueError(
-                f"guard: evaluate gives shape {found.shape}; give a score, or one for each sample"
+        found = self.evaluate(tree)
+        numbers = np.asarray(found)
+        if numbers.dtype.kind not in "biuf" and numbers.dtype != jnp.bfloat16:
+            raise TypeError(
+                f"guard: evaluate gives {type(found).__name__}; give a score, or one for each "
+                "sample"
             )
-        return found
+        if numbers.ndim > 1 or not numbers.size:
+            raise ValueError(
+                f"guard: evaluate gives shape {numbers.shape}; give a score, or one for each sample"
+            )
+        return numbers.astype(np.float64)
 
     def _good(self, scores: np.ndarray) -> bool:
         drop, sure = self.limit
@@ -98,11 +108,11 @@ class Search:
         self.advance(f"{bits / 8:,.0f} bytes, {self.dense - score:.4g} below")
         return new
 
-    def good(self, what: str, rung: Rung) -> bool:
+    def attempt(self, what: str, rung: Rung) -> Tried:
         """Evaluates a recipe, once, and keeps the tree where it is the best."""
         for old in self.tried:
             if old.rung.recipe == rung.recipe:
-                return old.good
+                return old
         small = self.compress(self.params, list(rung.recipe))
         new = self._record(what, rung, small, self._scores(small))
         worse = new
@@ -110,7 +120,7 @@ class Search:
             worse, self.best = self.best, new
             self.keep()
         worse.small = None
-        return new.good
+        return new
 
     def keep(self) -> None:
         """Writes the best tree, if it is not written already."""
@@ -123,9 +133,14 @@ class Search:
     def halve(self, what: str, rungs: Sequence[Rung]) -> None:
         """Looks for the first recipe that is good enough, as if all after it were."""
         low, high = -1, len(rungs)
+        sizes: dict[int, int] = {}
         while high - low > 1:
             middle = (low + high) // 2
-            if self.good(what, rungs[middle]):
+            tree = self.attempt(what, rungs[middle])
+            sizes[middle] = tree.bits
+            if not rungs[middle].picks:
+                _check_order(sizes)
+            if tree.good:
                 high = middle
             else:
                 low = middle
@@ -134,6 +149,16 @@ class Search:
         """Returns the largest tree that was not good enough and is smaller than the best."""
         failed = [t for t in self.tried if not t.good and t.bits < self.best.bits]
         return max(failed, key=lambda t: t.bits).rung if failed else None
+
+
+def _check_order(sizes: dict[int, int]) -> None:
+    """Refuses recipes of a caller that do not go from the smallest tree to the largest."""
+    for (i, a), (j, b) in itertools.pairwise(sorted(sizes.items())):
+        if a > b:
+            raise ValueError(
+                f"guard: candidates[{i}] gives {a / 8:,.0f} bytes and candidates[{j}] "
+                f"{b / 8:,.0f}; give the recipe of the smallest tree first"
+            )
 
 
 def rungs_of(candidates: Any) -> list[Rung]:
@@ -156,12 +181,12 @@ def _assignments(sensitivity: Sensitivity) -> list[Rung]:
     check_usable(sensitivity, "guard")
     least = sum(min(k.bits for k in c.candidates if math.isfinite(k.score)) for c in sensitivity)
     largest = sum(max(k.bits for k in c.candidates) for c in sensitivity)
-    free = allocate(sensitivity, [storage(sensitivity, largest)])
+    free = allocate(sensitivity, [storage(sensitivity, largest)], gap=_GAP)
     most = sum(c.candidates[k].bits for c, k in zip(sensitivity, free, strict=True))
     found: dict[tuple[int, ...], None] = {}
     for step in range(_RUNGS):
         budget = least + (most - least) * step / (_RUNGS - 1)
-        picked = allocate(sensitivity, [storage(sensitivity, budget)], gap=1e-4)
+        picked = allocate(sensitivity, [storage(sensitivity, budget)], gap=_GAP)
         found[tuple(picked)] = None
     return [
         Rung.of(sensitivity, [c.candidates[k] for c, k in zip(sensitivity, picks, strict=True)])

@@ -12,7 +12,7 @@ from jax import lax
 from .._axes import Matrix
 from .._options import flag, width
 from ._format import Format
-from ._grid import Grid, divide, positive, quotient, truncate
+from ._grid import Grid, divide, quotient, truncate
 from ._quantized import Quantized
 
 
@@ -88,10 +88,10 @@ class Int(Format):
         half = jnp.array(0.5, low.dtype)
         # Halved first, as the range of finite numbers may be beyond them.
         span = lax.optimization_barrier((high * half, low * half))
-        scale = self.kept_scale(truncate(positive(2 * divide(span[0] - span[1], top))))
+        scale = self.kept_scale(truncate(2 * divide(span[0] - span[1], top)))
         # Halves go towards the zero point for codes and away from it for the zero point, so
         # that the lowest value has code 0 and the highest code 2^b - 1: encoding is idempotent.
-        return Grid(scale, jnp.clip(-jnp.ceil(low / scale - half), 0, top))
+        return Grid(scale, jnp.clip(-jnp.ceil(quotient(low, scale) - half), 0, top))
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Returns the nearest codes; see :class:`Int`."""

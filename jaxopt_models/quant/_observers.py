@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .._options import Brief, flag, number, portion, whole
 from ._entropy import BINS, entropy_range
+from ._grid import quotient
 
 if TYPE_CHECKING:
     from ._format import Format
@@ -267,7 +268,7 @@ class Entropy(Observer):
 
         def one(size: jax.Array, kept: jax.Array, top: jax.Array) -> jax.Array:
             width = jnp.where(top > 0, top, 1) / BINS
-            place = jnp.minimum(jnp.floor(size / width), BINS - 1).astype(jnp.int32)
+            place = jnp.minimum(jnp.floor(quotient(size, width)), BINS - 1).astype(jnp.int32)
             counts = jnp.zeros(BINS, jnp.float32).at[place].add(kept.astype(jnp.float32))
             return entropy_range(counts, width, fmt.magnitudes)
 

@@ -14,7 +14,7 @@ from .._axes import Matrix
 from .._options import flag
 from ._float import Tabled
 from ._format import Format
-from ._grid import Grid, positive, steady
+from ._grid import Grid, steady
 from ._quantized import Quantized
 
 _NF4 = (
@@ -231,7 +231,7 @@ class Ternary(Format):
         threshold = 0.7 * jnp.sum(jnp.where(kept, size, 0), axis=-2) / count
         large = kept & (size > threshold[..., None, :])
         total = jnp.sum(jnp.where(large, size, 0), axis=-2)
-        scale = steady(positive(total / jnp.maximum(jnp.sum(large, axis=-2), 1)))
+        scale = steady(total / jnp.maximum(jnp.sum(large, axis=-2), 1))
         return Grid(self.kept_scale(scale), threshold=threshold)
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:

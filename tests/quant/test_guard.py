@@ -176,6 +176,9 @@ def test_recipes_and_another_compress():
         ({"evaluate": 3}, TypeError, "evaluate is int"),
         ({"compress": 3}, TypeError, "compress is int"),
         ({"evaluate": lambda small: float("inf")}, ValueError, "evaluate gives inf for the dense"),
+        ({"evaluate": lambda small: None}, TypeError, "evaluate gives NoneType"),
+        ({"evaluate": lambda small: "good"}, TypeError, "evaluate gives str"),
+        ({"save": 3}, TypeError, "save is int; give the path"),
         ({"candidates": []}, ValueError, "there is no recipe"),
         ({"candidates": [Rule("a", None)]}, TypeError, "a recipe is a list of rules"),
         ({"candidates": Rule("a", None)}, TypeError, "give what sensitivity"),
@@ -186,3 +189,9 @@ def test_what_is_wrong_is_named(found, change, error, words):
     given = {"candidates": found, "evaluate": agreement, "drop": 1.0, **change}
     with pytest.raises(error, match=words):
         quant.guard(PARAMS, given.pop("candidates"), **given)
+
+
+def test_recipes_in_the_wrong_order_are_refused():
+    recipes = [[Rule(".*/kernel", quant.Int(bits=b))] for b in (8, 6, 4, 3, 2)]
+    with pytest.raises(ValueError, match=r"candidates\[\d\] gives [\d,]+ bytes and candidates"):
+        quant.guard(PARAMS, recipes, evaluate=agreement, drop=5.0)
