@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from .._progress import bar
 from .._recipe import Rule
 from .._table import Table
 from ._choices import Sensitivity
-from ._guard_search import Search, mended, rungs_of
+from ._guard_search import Limit, Search, mended, most_tries, rungs_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -72,10 +71,12 @@ def guard(
     on others, too, with the ``confidence``: with differences :math:`d_i` to the dense tree, sample
     by sample, a tree is good enough if
 
-    .. math:: \mathrm{mean}(d) + z \, \mathrm{std}(d) / \sqrt{n} \le \mathrm{drop}
+    .. math:: \mathrm{mean}(d) + z \, \mathrm{std}(d) / \sqrt{n} \le \mathrm{drop}, \qquad
+              z = \Phi^{-1}\left(1 - (1 - c) / m\right)
 
-    with the quantile `z` of the normal distribution. That is the bound of each tree by itself: a
-    dozen are tried on the same samples, so what is returned holds a little less often.
+    with the ``confidence`` `c` and the largest number `m` of trees that may be tried on these
+    samples: it holds for all of them at once (Bonferroni), so also for the one that is returned
+    because it passed. It wants some hundreds of samples, and the margin shrinks as they grow.
 
     Args:
       params: the dense parameters (or pruned ones), to which everything is compared.
@@ -86,8 +87,8 @@ def guard(
         :func:`jaxopt_models.materialize` before a jitted function, so that one compilation serves
         all trees.
       drop: how far the score (the mean, of several) may fall.
-      confidence: how sure it has to be that the drop holds for other samples, from 0.5 (it
-        holds for these) to below 1; only for scores of samples.
+      confidence: how sure it has to be that the drop holds for other samples, from 0.5 to below
+        1; only for scores of samples. Give their mean if only these samples count.
       compress: `(params, recipe) -> small`; default: :func:`jaxopt_models.compress` without
         statistics. With solvers: ``lambda p, r: jom.compress(p, r, stats=stats)``.
       save: file to which each best tree is written as soon as it is known, by
@@ -132,8 +133,8 @@ def guard(
         raise FileNotFoundError(f"guard: save={os.fspath(save)!r}: there is no such folder")
     rungs = rungs_of(candidates)
     with bar("guard", None, show=progress) as advance:
-        sure = statistics.NormalDist().inv_cdf(confidence)
-        search = Search(params, evaluate, (drop, sure), compress or compress_, save, advance)
+        limit = Limit(drop, confidence, most_tries(rungs, candidates))
+        search = Search(params, evaluate, limit, compress or compress_, save, advance)
         try:
             search.halve("budget", rungs)
             if isinstance(candidates, Sensitivity):
@@ -151,6 +152,11 @@ def _result(search: Search) -> GuardResult:
         f"best: {best.bits / 8:,.0f} of {dense.bits / 8:,.0f} bytes, "
         f"{search.dense - best.score:.4g} below the dense tree"
     ]
+    if search.samples.size > 1:
+        limit = search.limit
+        notes.append(
+            f"good: with confidence {limit.confidence:g} for all of at most {limit.tries} trees"
+        )
     if search.interrupted:
         notes.append("interrupted: not all was tried")
     columns = ("tried", "bytes", "score", "below", "good")

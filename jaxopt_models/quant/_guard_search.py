@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,23 @@ class Rung:
         return cls(recipe_of(sensitivity, picks), tuple(picks), bits)
 
 
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """How far a score may fall, how sure that has to be, and for how many trees at once."""
+
+    drop: float
+    confidence: float
+    tries: int
+
+    def allows(self, dense: np.ndarray, scores: np.ndarray) -> bool:
+        """Says whether scores, of samples or a single one, are near enough to the dense ones."""
+        if scores.size == 1:
+            return bool(scores >= dense - self.drop)
+        lost = dense - scores
+        sure = statistics.NormalDist().inv_cdf(1 - (1 - self.confidence) / self.tries)
+        return bool(lost.mean() + sure * lost.std(ddof=1) / math.sqrt(lost.size) <= self.drop)
+
+
 @dataclasses.dataclass
 class Tried:
     """A tree that was evaluated; dropped unless it is the best."""
@@ -55,7 +73,7 @@ class Search:
         self,
         params: Any,
         evaluate: Callable[[Any], Any],
-        limit: tuple[float, float],
+        limit: Limit,
         compress: Callable[[Any, list[Rule]], Any],
         save: Any,
         advance: Callable[[str], None],
@@ -88,16 +106,12 @@ class Search:
         return numbers.astype(np.float64)
 
     def _good(self, scores: np.ndarray) -> bool:
-        drop, sure = self.limit
         if scores.shape != self.samples.shape:
             raise ValueError(
                 f"guard: evaluate gives scores of shape {scores.shape}, for the dense tree "
                 f"{self.samples.shape}; give those of the same samples each time"
             )
-        if scores.size == 1:
-            return bool(scores >= self.samples - drop)
-        lost = self.samples - scores
-        return bool(lost.mean() + sure * lost.std(ddof=1) / math.sqrt(lost.size) <= drop)
+        return self.limit.allows(self.samples, scores)
 
     def _record(self, what: str, rung: Rung, small: Any, scores: np.ndarray) -> Tried:
         bits = sum(stored_bits(p.value) for p in flatten(small)[0])
@@ -149,6 +163,15 @@ class Search:
         """Returns the largest tree that was not good enough and is smaller than the best."""
         failed = [t for t in self.tried if not t.good and t.bits < self.best.bits]
         return max(failed, key=lambda t: t.bits).rung if failed else None
+
+
+def most_tries(rungs: Sequence[Rung], candidates: Any) -> int:
+    """Returns the largest number of trees that :func:`guard` evaluates, the dense one aside."""
+    mends = 0
+    if isinstance(candidates, Sensitivity):
+        mends = sum(len(choices.candidates) for choices in candidates)
+    # Bisection among n needs at most as many steps as n has binary digits.
+    return len(rungs).bit_length() + mends.bit_length()
 
 
 def _check_order(sizes: dict[int, int]) -> None:

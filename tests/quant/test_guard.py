@@ -1,6 +1,8 @@
 """The guard: the drop is met, the best tree is kept whatever happens, every try is written down."""
 
 import itertools
+import re
+import statistics
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,9 @@ def test_the_drop_is_held_with_confidence(found):
         result = quant.guard(PARAMS, found, evaluate=right, drop=5.0, confidence=confidence)
         assert result.dense == 100 and result.score == pytest.approx(right(result.small).mean())
         lost = 100 - right(result.small)
-        z = {0.5: 0.0, 0.95: 1.6448536}[confidence]
+        tries = int(re.search(r"all of at most (\d+) trees", repr(result))[1])
+        assert len(result.history) - 1 <= tries <= 12
+        z = statistics.NormalDist().inv_cdf(1 - (1 - confidence) / tries)
         assert lost.mean() + z * lost.std(ddof=1) / 20 <= 5
         for row in result.history[1:]:
             p = row["below"] / 100
