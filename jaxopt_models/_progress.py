@@ -18,7 +18,7 @@ def bar(title: str, total: int | None, *, done: int = 0, show: bool = True) -> I
     """Shows how far a loop has come, and lets Ctrl-C end it.
 
     Writes to standard error, and no control codes where that is no terminal. An interrupt that a
-    callback swallowed is raised after the step in which it came, bar or no bar.
+    callback swallowed is raised after the step in which it came, whether a bar is shown or not.
 
     Args:
       title: what is being done.

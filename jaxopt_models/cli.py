@@ -54,7 +54,7 @@ import jax
 from . import artifact
 from ._checkpoint import read_checkpoint
 from ._compress import compress
-from ._interrupt import interruptible
+from ._interrupt import Interrupt, interruptible
 from ._plan import plan
 from ._recipe import Rule, recipe_from_json
 from ._verify import VerifyError, verify
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _parser().parse_args(argv, args)
         _configure_logging(quiet=args.quiet)
-        with interruptible():
+        with interruptible(Interrupt):
             return args.run(args)
     except SystemExit as e:  # argparse, after --help or --version
         return int(e.code or 0)

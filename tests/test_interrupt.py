@@ -35,26 +35,45 @@ def test_a_bar_raises_what_a_step_swallowed(show):
     assert steps == [0, 1, 2]
 
 
-def test_it_is_raised_where_it_arrives_and_once():
-    with interruptible() as check:
-        with pytest.raises(Interrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Interrupt):
+def test_it_is_raised_where_it_arrives_and_again_until_it_leaves_the_block():
+    with pytest.raises(KeyboardInterrupt), interruptible() as check:
+        swallowed()
+        with pytest.raises(KeyboardInterrupt):
             check()
+        check()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_left_a_bar_is_not_raised_again():
+    with interruptible() as check:
+        with pytest.raises(KeyboardInterrupt), bar("work", 1, show=False):
+            signal.raise_signal(signal.SIGINT)
+        check()
+
+
+def test_the_outermost_block_chooses_the_class():
+    for kind in (Interrupt, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught, interruptible(kind):
+            with bar("work", 1, show=False):
+                signal.raise_signal(signal.SIGINT)
+        assert caught.type is kind
+
+
+def test_a_handler_that_was_left_behind_is_taken_up_anew():
+    with interruptible():
+        ours = signal.getsignal(signal.SIGINT)
+    ours.arrived = True
+    signal.signal(signal.SIGINT, ours)
+    with interruptible() as check:
         check()
 
 
 def test_a_nested_bar_knows_what_came_before_it():
-    with pytest.raises(Interrupt), interruptible():
+    with pytest.raises(KeyboardInterrupt), interruptible():
         swallowed()
         with bar("work", 1, show=False) as advance:
             advance()
             pytest.fail("the interrupt was lost")
-
-
-def test_work_that_ends_before_its_next_step_is_interrupted_too():
-    with pytest.raises(Interrupt), interruptible():
-        swallowed()
 
 
 def test_other_handlers_and_threads_are_left_alone():
@@ -66,12 +85,24 @@ def test_other_handlers_and_threads_are_left_alone():
     assert came == [1]
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.mark.parametrize("outer", [contextlib.nullcontext, interruptible])
+def test_bars_in_other_threads_are_left_alone(outer):
+    came = []
+
     def work():
         with bar("work", 1, show=False) as advance:
             advance()
             came.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert came[1:] == [signal.default_int_handler]
+    with contextlib.suppress(KeyboardInterrupt), outer() as check:
+        if check is not None:
+            swallowed()
+        handler = signal.getsignal(signal.SIGINT)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if check is not None:
+            check()
+            pytest.fail("the thread took the interrupt of the main one")
+    assert came == [handler]

@@ -27,8 +27,9 @@ class Format(Encoder):
     In the `[in, out]` view of the tensor each column is cut into runs of ``group`` inputs, and
     ``block`` neighbouring columns may share theirs; each run has a grid of its own. A subclass
     says which grid spans a range (:meth:`grid`), which code is nearest (:meth:`codes`), what a
-    code means (:meth:`values`) and which leaf keeps them (:meth:`pack`); solvers such as
-    :class:`GPTQ` ask for nothing else, so each works with every format.
+    code means (:meth:`values`), which leaf keeps them (:meth:`pack`), and, if so, that no code
+    means zero (:attr:`has_zero`); solvers such as :class:`GPTQ` ask for nothing else, so each
+    works with every format.
 
     Args:
       per: ``"channel"``, grids for each output; ``"tensor"``, one for everything.
@@ -60,6 +61,11 @@ class Format(Encoder):
         if not isinstance(self.scale, Format) and self.scale not in _SCALES:
             raise ValueError(
                 f"{name}: scale={self.scale!r} is none of {', '.join(_SCALES)}, and no format"
+            )
+        if isinstance(self.scale, Format) and not self.scale.has_zero:
+            raise ValueError(
+                f"{name}: scale={self.scale!r} has no zero, the scale of a run of zeros; give "
+                "one that has, such as Int(bits=8)"
             )
         if not isinstance(self.observer, Observer):
             raise TypeError(f"{name}: observer={self.observer!r} is no observer such as MSE()")
@@ -190,6 +196,7 @@ class Format(Encoder):
 
         An all-zero run has the scale one and the code of zero. Where no code means zero, or a one
         among the scales would spoil how they are encoded, its scale is zero: so are its values.
+        (The least power of two, 1e-38, where scales are such and no code means zero.)
         """
         some = scale >= jnp.finfo(scale.dtype).tiny  # what is less, XLA flushes to zero
         if isinstance(self.scale, Format):
@@ -218,7 +225,7 @@ class Format(Encoder):
             return self.scale.encode(scale, axes=axes, keep=None, stats=None, key=None)
         except ValueError as e:
             raise ValueError(
-                f"{self.scale!r}, which encodes the scales, {scale.shape[-1]} for each output: {e}"
+                f"{self.scale!r}, which encodes the scales {list(scale.shape)}: {e}"
             ) from e
 
 

@@ -34,7 +34,7 @@ def quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
     # In some programs XLA multiplies by the reciprocal of a divisor that is broadcast, in others
     # it divides, and at a tie the codes of the two differ. A divisor that depends on data is
     # exact in all of them.
-    return x / jnp.where((x < jnp.inf) & (scale > 0), scale, jnp.ones((), scale.dtype))
+    return x / jnp.where((x < jnp.inf) & (scale != 0), scale, jnp.ones((), scale.dtype))
 
 
 def positive(scale: jax.Array) -> jax.Array:

@@ -69,14 +69,16 @@ def guard(
     The best tree is chosen by the scores it is then judged by: evaluate on validation data, never
     on those of the final test. Let ``evaluate`` give a score for each sample, and the drop is held
     on others, too, with the ``confidence``: with differences :math:`d_i` to the dense tree, sample
-    by sample, a tree is good enough if
+    by sample, and one more difference as large as the scores can differ, a tree is good enough if
 
-    .. math:: \mathrm{mean}(d) + z \, \mathrm{std}(d) / \sqrt{n} \le \mathrm{drop}, \qquad
+    .. math:: \mathrm{mean}(d) + z \, \mathrm{std}(d) / \sqrt{n + 1} \le \mathrm{drop}, \qquad
               z = \Phi^{-1}\left(1 - (1 - c) / m\right)
 
     with the ``confidence`` `c` and the largest number `m` of trees that may be tried on these
-    samples: it holds for all of them at once (Bonferroni), so also for the one that is returned
-    because it passed. It wants some hundreds of samples, and the margin shrinks as they grow.
+    samples: the bound is about one for all of them at once (Bonferroni), so also for the one that
+    is returned because it passed. The sample that was added keeps few samples, none of them
+    worse, from being taken for a proof. With right and wrong answers a drop of half a percent
+    wants thousands.
 
     Args:
       params: the dense parameters (or pruned ones), to which everything is compared.
@@ -103,7 +105,7 @@ def guard(
       TypeError: for arguments of another type.
       ValueError: if ``drop`` is negative, ``confidence`` out of range, the score of the dense
         tree not finite, scores are of other samples than before, there is nothing to choose
-        from, or recipes do not go from the smallest tree to the largest.
+        from, or of the recipes that were tried a later one gives a smaller tree.
       FileNotFoundError: if the folder of ``save`` does not exist.
 
     Example:
@@ -132,15 +134,18 @@ def guard(
     if save is not None and not os.path.isdir(os.path.dirname(os.path.abspath(save))):
         raise FileNotFoundError(f"guard: save={os.fspath(save)!r}: there is no such folder")
     rungs = rungs_of(candidates)
-    with bar("guard", None, show=progress) as advance:
-        limit = Limit(drop, confidence, most_tries(rungs, candidates))
-        search = Search(params, evaluate, limit, compress or compress_, save, advance)
-        try:
+    limit = Limit(drop, confidence, most_tries(rungs, candidates))
+    search = Search(params, evaluate, limit, compress or compress_, save)
+    try:
+        with bar("guard", None, show=progress) as advance:
+            search.start(advance)
             search.halve("budget", rungs)
             if isinstance(candidates, Sensitivity):
                 search.halve("mended", mended(candidates, search))
-        except KeyboardInterrupt:
-            search.interrupted = True
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+        search.interrupted = True
     return _result(search)
 
 

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from .._paths import flatten
@@ -50,8 +49,10 @@ class Limit:
         """Says whether scores, of samples or a single one, are near enough to the dense ones."""
         if scores.size == 1:
             return bool(scores >= dense - self.drop)
-        lost = dense - scores
-        sure = statistics.NormalDist().inv_cdf(1 - (1 - self.confidence) / self.tries)
+        both = np.stack([dense, scores])
+        # Where samples agree their deviation is zero, however few they are.
+        lost = np.append(dense - scores, np.ptp(both) or np.max(np.abs(both)))
+        sure = -statistics.NormalDist().inv_cdf((1 - self.confidence) / self.tries)
         return bool(lost.mean() + sure * lost.std(ddof=1) / math.sqrt(lost.size) <= self.drop)
 
 
@@ -76,34 +77,42 @@ class Search:
         limit: Limit,
         compress: Callable[[Any, list[Rule]], Any],
         save: Any,
-        advance: Callable[[str], None],
     ):
         self.params, self.evaluate, self.limit, self.compress = params, evaluate, limit, compress
-        self.save, self.advance = save, advance
+        self.save = save
         self.rows: list[tuple] = []
         self.tried: list[Tried] = []
         self.saved: Tried | None = None
+        self.best: Any = None
         self.interrupted = False
-        self.samples = self._scores(params)
+
+    def start(self, advance: Callable[[str], None]) -> None:
+        """Evaluates the dense tree; ``advance`` is called after each evaluation, all kept."""
+        self.advance = advance
+        self.samples = self._scores(self.params)
         self.dense = float(np.mean(self.samples))
         if not math.isfinite(self.dense):
             raise ValueError(f"guard: evaluate gives {self.dense} for the dense tree")
-        self.best = self._record("dense", Rung([]), params, self.samples)
+        self.best = self._record("dense", Rung([]), self.params, self.samples)
+        self._advance(self.best)
 
     def _scores(self, tree: Any) -> np.ndarray:
         """Returns the scores of all samples, or the one score there is."""
         found = self.evaluate(tree)
-        numbers = np.asarray(found)
-        if numbers.dtype.kind not in "biuf" and numbers.dtype != jnp.bfloat16:
+        try:
+            if found is None or isinstance(found, str):
+                raise TypeError("it is no number")
+            numbers = np.asarray(found, np.float64)
+        except (TypeError, ValueError) as e:
             raise TypeError(
                 f"guard: evaluate gives {type(found).__name__}; give a score, or one for each "
-                "sample"
-            )
+                f"sample ({e})"
+            ) from e
         if numbers.ndim > 1 or not numbers.size:
             raise ValueError(
                 f"guard: evaluate gives shape {numbers.shape}; give a score, or one for each sample"
             )
-        return numbers.astype(np.float64)
+        return numbers
 
     def _good(self, scores: np.ndarray) -> bool:
         if scores.shape != self.samples.shape:
@@ -119,8 +128,10 @@ class Search:
         new = Tried(rung, small, bits, score, self._good(scores))
         self.rows.append((what, -(-bits // 8), score, self.dense - score, new.good))
         self.tried.append(new)
-        self.advance(f"{bits / 8:,.0f} bytes, {self.dense - score:.4g} below")
         return new
+
+    def _advance(self, tried: Tried) -> None:
+        self.advance(f"{tried.bits / 8:,.0f} bytes, {self.dense - tried.score:.4g} below")
 
     def attempt(self, what: str, rung: Rung) -> Tried:
         """Evaluates a recipe, once, and keeps the tree where it is the best."""
@@ -134,6 +145,7 @@ class Search:
             worse, self.best = self.best, new
             self.keep()
         worse.small = None
+        self._advance(new)
         return new
 
     def keep(self) -> None:

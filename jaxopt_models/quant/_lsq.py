@@ -133,7 +133,10 @@ class LSQ(Int):
         m = self.matrix(w, given["axes"])
         x = self.runs(m.view(w.astype(wide_dtype(w.dtype))), m)
         grid = self.fit(x, self.weights(given["stats"], given["keep"], m, given["axes"]))
-        learned = {"step": self.place(grid.scale, m)}
+        # From a step of zero nothing could be learned.
+        some = jnp.min(grid.scale, where=grid.scale > 0, initial=jnp.inf)
+        some = jnp.where(some < jnp.inf, some, jnp.ones((), some.dtype))
+        learned = {"step": self.place(jnp.where(grid.scale > 0, grid.scale, some), m)}
         if grid.zero is not None:
             learned["offset"] = self.place(-grid.zero * grid.scale, m)
         return learned

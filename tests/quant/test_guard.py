@@ -1,7 +1,9 @@
 """The guard: the drop is met, the best tree is kept whatever happens, every try is written down."""
 
+import contextlib
 import itertools
 import re
+import signal
 import statistics
 
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 import jaxopt_models as jom
 from jaxopt_models import Rule, quant
+from jaxopt_models.quant._guard_search import Limit
 
 RNG = np.random.default_rng(0)
 FORMATS = [quant.Int(bits=b) for b in (2, 3, 4, 6, 8)]
@@ -73,10 +76,11 @@ def test_the_drop_is_held_with_confidence(found):
         tries = int(re.search(r"all of at most (\d+) trees", repr(result))[1])
         assert len(result.history) - 1 <= tries <= 12
         z = statistics.NormalDist().inv_cdf(1 - (1 - confidence) / tries)
-        assert lost.mean() + z * lost.std(ddof=1) / 20 <= 5
+        lost = np.append(lost, 100)
+        assert lost.mean() + z * lost.std(ddof=1) / np.sqrt(401) <= 5
         for row in result.history[1:]:
-            p = row["below"] / 100
-            bound = row["below"] + 100 * z * np.sqrt(p * (1 - p) / 399)
+            p = (400 * row["below"] / 100 + 1) / 401
+            bound = 100 * (p + z * np.sqrt(p * (1 - p) / 400))
             assert row["good"] == (bound <= 5)
     with pytest.raises(ValueError, match="scores of shape"):
         shorter = iter(range(400, 0, -1))
@@ -199,3 +203,32 @@ def test_recipes_in_the_wrong_order_are_refused():
     recipes = [[Rule(".*/kernel", quant.Int(bits=b))] for b in (8, 6, 4, 3, 2)]
     with pytest.raises(ValueError, match=r"candidates\[\d\] gives [\d,]+ bytes and candidates"):
         quant.guard(PARAMS, recipes, evaluate=agreement, drop=5.0)
+
+
+@pytest.mark.parametrize("n", [2, 50, 400, 1000, 5000])
+def test_a_bad_tree_passes_no_more_often_than_promised(n):
+    limit, wrong = Limit(0.5, 0.95, 12), RNG.random((4000, n)) < 0.0055
+    passed = [limit.allows(np.full(n, 100.0), 100.0 * ~row) for row in wrong]
+    assert np.mean(passed) <= 0.05 / 12 + 3 * np.sqrt(0.05 / 12 / 4000)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_signal_keeps_the_best(lost):
+    tried = []
+
+    def evaluate(small):
+        tried.append(small)
+        if len(tried) == 3:
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                signal.raise_signal(signal.SIGINT)
+        return 0.0
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        recipes = [[Rule(".*/kernel", quant.Int(bits=b))] for b in (2, 3, 4, 6, 8)]
+        result = quant.guard(PARAMS, recipes, evaluate=evaluate, drop=1.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    good = [row["bytes"] for row in result.history if row["good"]]
+    assert result.interrupted and len(tried) == 3 and len(result.history) == 2 + lost
+    assert bits(result.recipe) / 8 == min(good)

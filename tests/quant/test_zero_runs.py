@@ -1,10 +1,12 @@
-"""A run of zeros stays zero in every format, and leaves the scales of other runs alone."""
+"""A run of zeros stays zero where a scale is kept, and leaves the scales of others alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import jaxopt_models as jom
 from jaxopt_models import quant
 
 SCALES = ["float32", "bfloat16", "float16", "power_of_two", quant.Int(8, per="tensor")]
@@ -44,5 +46,24 @@ def test_zeros_do_not_spoil_the_encoded_scales_of_others(fmt):
 
 
 def test_scales_that_do_not_divide_are_named():
-    with pytest.raises(ValueError, match=r"NF4.*encodes the scales, 4 for each output: group=64"):
+    with pytest.raises(ValueError, match=r"NF4.*encodes the scales \[3, 4\]: group=64"):
         quant.Int(4, group=16, scale=quant.NF4())(jnp.ones((64, 3)))
+
+
+def test_scales_without_a_zero_are_refused():
+    with pytest.raises(ValueError, match=r"scale=Normal\(bits=4\) has no zero"):
+        quant.Binary(scale=quant.Normal(4))
+
+
+@pytest.mark.parametrize("scale", ["float32", quant.Int(8), quant.Float("e4m3", per="tensor")])
+def test_zeros_learn(scale, descend):
+    x = jax.random.normal(jax.random.key(1), (200, 64, 32))
+    want = jax.random.normal(jax.random.key(0), (32, 4))
+    recipe = [jom.Rule("w", quant.LSQ(4, group=16, scale=scale))]
+    latents = jom.prepare({"w": want.at[16:].set(0)}, recipe)
+
+    def loss(p, x):
+        return jnp.mean((x @ jom.materialize(p)["w"] - x @ want) ** 2)
+
+    _, values = descend(loss, optax.adam(3e-2), latents, x)
+    assert values[-1] < 0.15 * values[0]
