@@ -53,9 +53,9 @@ def test_what_left_a_bar_is_not_raised_again():
 
 def test_the_outermost_block_chooses_the_class():
     for kind in (Interrupt, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt) as caught, interruptible(kind):
-            with bar("work", 1, show=False):
-                signal.raise_signal(signal.SIGINT)
+        quiet = bar("work", 1, show=False)
+        with pytest.raises(KeyboardInterrupt) as caught, interruptible(kind), quiet:
+            signal.raise_signal(signal.SIGINT)
         assert caught.type is kind
 
 
