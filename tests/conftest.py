@@ -1,9 +1,7 @@
 """Strict by default: rank promotion raises, warnings are errors, eight CPU devices."""
 
 import os
-import shutil
 import sys
-import tempfile
 import zlib
 
 # The first import of JAX in a process fixes these.
@@ -15,12 +13,6 @@ if not os.environ.get("TESTS_OPTIMIZED") and "--full" not in sys.argv:
     if level not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {level}".strip()
 
-# What one worker has compiled the other reads; they inherit what the first process sets.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"tests_{os.getpid()}_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 import numpy as np
 import optax
@@ -28,13 +20,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def pytest_unconfigure(config):
-    """Removes what was compiled, in the process that made the folder."""
-    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if os.path.basename(folder).startswith(f"tests_{os.getpid()}_"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_runtest_setup(item):
