@@ -93,7 +93,7 @@ class Search:
         self.dense = float(np.mean(self.samples))
         if not math.isfinite(self.dense):
             raise ValueError(f"guard: evaluate gives {self.dense} for the dense tree")
-        self.best = self._record("dense", Rung([]), self.params, self.samples)
+        self.best = self._record("dense", Rung([]), self.params, self.samples, good=True)
         self._advance(self.best)
 
     def _scores(self, tree: Any) -> np.ndarray:
@@ -122,11 +122,13 @@ class Search:
             )
         return self.limit.allows(self.samples, scores)
 
-    def _record(self, what: str, rung: Rung, small: Any, scores: np.ndarray) -> Tried:
+    def _record(
+        self, what: str, rung: Rung, small: Any, scores: np.ndarray, *, good: bool
+    ) -> Tried:
         bits = sum(stored_bits(p.value) for p in flatten(small)[0])
         score = float(np.mean(scores))
-        new = Tried(rung, small, bits, score, self._good(scores))
-        self.rows.append((what, -(-bits // 8), score, self.dense - score, new.good))
+        new = Tried(rung, small, bits, score, good)
+        self.rows.append((what, -(-bits // 8), score, self.dense - score, good))
         self.tried.append(new)
         return new
 
@@ -139,7 +141,8 @@ class Search:
             if old.rung.recipe == rung.recipe:
                 return old
         small = self.compress(self.params, list(rung.recipe))
-        new = self._record(what, rung, small, self._scores(small))
+        scores = self._scores(small)
+        new = self._record(what, rung, small, scores, good=self._good(scores))
         worse = new
         if new.good and new.bits < self.best.bits:
             worse, self.best = self.best, new

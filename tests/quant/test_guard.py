@@ -232,3 +232,10 @@ def test_a_signal_keeps_the_best(lost):
     good = [row["bytes"] for row in result.history if row["good"]]
     assert result.interrupted and len(tried) == 3 and len(result.history) == 2 + lost
     assert bits(result.recipe) / 8 == min(good)
+
+
+def test_few_samples_prove_nothing_but_the_dense_tree_is_good():
+    recipes = [[Rule(".*/kernel", quant.Int(bits=b))] for b in (4, 8)]
+    result = quant.guard(PARAMS, recipes, evaluate=lambda small: np.full(20, 100.0), drop=0.5)
+    assert [row["good"] for row in result.history] == [True, False, False]
+    assert result.recipe == []
