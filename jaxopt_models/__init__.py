@@ -7,8 +7,10 @@ rebuild it. ``import jaxopt_models as jom``; unrelated to the JAXopt library.
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from . import _dispatch as _dispatch
 from . import artifact as artifact
 from . import codebook as codebook
+from . import kernels as kernels
 from . import prune as prune
 from . import quant as quant
 from ._accelerate import accelerate as accelerate
@@ -32,6 +34,7 @@ from ._encoded import static as static
 from ._encoder import Encoder as Encoder
 from ._functional import functional as functional
 from ._latent import Latent as Latent
+from ._pack import pack as pack
 from ._partition import combine as combine
 from ._partition import partition as partition
 from ._plan import plan as plan

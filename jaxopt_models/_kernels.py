@@ -2,7 +2,8 @@
 
 A kernel computes an operation on a parameter as it is stored. :func:`pick` chooses it by operation
 and leaf, or says why there is none; the platform is known when the program is compiled, and on
-others the walk rebuilds the parameter.
+others the walk rebuilds the parameter. A parameter that is only transposed or cast before it is
+used still meets its kernel (:class:`View`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._encoded import Encoded, is_encoded
-from ._tracked import Deferred, is_tracked, values_of
+from ._products import Product, product_of
+from ._roles import Roles, roles
+from ._tracked import Deferred, is_tracked, origins_of, packed, readers, values_of
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A leaf as an operation sees it.
+
+    Args:
+      leaf: the parameter.
+      order: which axis of the leaf each axis of the operand is.
+    """
+
+    leaf: Encoded
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> View | None:
+        """Returns the leaf behind transposes and casts between floats, or ``None``."""
+        if is_encoded(value):
+            return cls(value, tuple(range(value.ndim)))
+        if not isinstance(value, Deferred) or len(value.operands) != 1:
+            return None
+        seen, step = cls.of(value.operands[0]), value.step
+        if seen is None:
+            return None
+        if step.name == "transpose":
+            return cls(seen.leaf, tuple(seen.order[a] for a in step.params["permutation"]))
+        floats = step.name == "convert_element_type" and jnp.issubdtype(
+            step.params["new_dtype"], jnp.floating
+        )
+        return seen if floats or step.name == "copy" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +59,9 @@ class Kernel:
       name: its name in tables.
       operation: primitive, such as ``"dot_general"``.
       leaf: type of the parameter.
-      platforms: where it runs: ``"cpu"``, ``"cuda"``, ``"tpu"``.
-      run: from the equation and its operands (arrays and the leaf) to its outputs.
+      platforms: where it runs: ``"cpu"``, ``"cuda"``, ``"tpu"``; none for everywhere.
+      run: from the equation and its operands (arrays, and the leaf or what waits on it) to its
+        outputs.
       refuses: from the same to the reason why it does not fit, or ``""``.
     """
 
@@ -40,10 +75,12 @@ class Kernel:
     @property
     def label(self) -> str:
         """The name and where it runs; which of these it is, the compiler decides."""
-        return f"{self.name} on {', '.join(self.platforms)}"
+        return f"{self.name} on {', '.join(self.platforms)}" if self.platforms else self.name
 
     def on(self, eqn: Any, operands: Sequence[Any], *, otherwise: Callable[..., Any]) -> list[Any]:
         """Runs where the program is compiled for a platform of this kernel, else ``otherwise``."""
+        if not self.platforms:
+            return list(self.run(eqn, values_of(operands)))
 
         def elsewhere(*values: Any) -> tuple[Any, ...]:
             pairs = zip(operands, values, strict=True)
@@ -68,18 +105,34 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
       The first kernel that fits, or ``None`` and why none does.
     """
     name, values = eqn.primitive.name, values_of(operands)
-    leaves = list(filter(is_encoded, values))
-    if len(leaves) > 1:
+    waiting = [i for i, x in enumerate(values) if packed(x)]
+    if len(waiting) > 1:
         return None, "two compressed parameters meet"
-    if not leaves:
-        steps = [x.step.name for x in values if isinstance(x, Deferred)]
-        return None, f"the parameter goes through {steps[0]} before it is used"
-    [leaf] = leaves
+    [position] = waiting
+    seen = View.of(values[position])
+    if seen is None:
+        step = values[position].step.name
+        return None, f"the parameter goes through {step} before it is used"
+    leaf = seen.leaf
     why = f"no kernel for {name} of {leaf.kind()}"
     for kernel in KERNELS:
         if kernel.operation == name and isinstance(leaf, kernel.leaf):
-            reason = kernel.refuses(eqn, values)
+            reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
             if not reason:
                 return kernel, ""
             why = f"{kernel.name}: {reason}"
     return None, why
+
+
+def _divided(eqn: Any, operands: Sequence[Any], position: int) -> str:
+    """Says that an input is rounded over several devices, which no kernel does."""
+    if not readers(operands[position]):
+        return ""
+    product = product_of(eqn, position)
+    if not isinstance(product, Product) or product.lookup:
+        return ""
+    for o in origins_of(operands[position]):
+        found = roles(o, product)
+        if isinstance(found, Roles) and found.gathered:
+            return "its input is divided over devices"
+    return ""

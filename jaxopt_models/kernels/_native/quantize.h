@@ -1,0 +1,179 @@
+// Inputs as signed bytes with scales, in the order in which products read them.
+#ifndef JOM_QUANTIZE_H_
+#define JOM_QUANTIZE_H_
+
+#include <cfloat>
+#include <cmath>
+#include <limits>
+
+#include "isa.h"
+
+namespace jom {
+
+// To the nearest integer, ties to even, for magnitudes below 2^22; compilers vectorize it.
+JOM_INLINE float rounded(float x) {
+  constexpr float big = 12582912.0f;
+  return (x + big) - big;
+}
+
+JOM_INLINE float limited(float x, float low, float high) {
+  x = x > low ? x : low;
+  return x < high ? x : high;
+}
+
+// The largest magnitude as bits: above those of every finite number if there is a NaN or Inf.
+inline uint32_t largest(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+inline constexpr uint32_t kInfinity = 0x7f800000;
+
+JOM_INLINE float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// A scale that can be divided by; as the grids of the library choose it.
+JOM_INLINE float usable(float scale) { return scale >= FLT_MIN ? scale : 1.0f; }
+
+struct Grid {
+  float scale, zero;  // the zero point less 2^(bits - 1), so that codes are signed
+  float low, high;    // of the codes
+};
+
+// The grid of whole rows (`Inputs` other than kFloat); the scale is NaN where an input is not finite.
+template <typename Spec>
+Grid grid_of(const Spec& a, const float* x, int64_t n) {
+  const int half = 1 << (a.input_bits - 1);
+  const uint32_t most = largest(x, n);
+  using Inputs = decltype(a.inputs);
+  Grid g{1.0f, 0.0f, (float)(1 - half), (float)(half - 1)};
+  if (a.inputs == Inputs::kRow) {
+    g.scale = usable(as_float(most) / (float)(half - 1));
+  } else {
+    const bool pair = a.inputs == Inputs::kRowPair;
+    if (pair || !a.input_symmetric) {
+      g.low = (float)-half;
+      float low = 0.0f, high = 0.0f;
+      for (int64_t i = 0; pair && i < n; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+      }
+      g.scale = pair ? usable((high - low) / (float)(2 * half - 1)) : a.input_scale;
+      g.zero = (pair ? rounded(-low / g.scale) : a.input_zero) - (float)half;
+    } else {
+      g.scale = a.input_scale;
+    }
+  }
+  if (most >= kInfinity) g.scale = std::numeric_limits<float>::quiet_NaN();
+  return g;
+}
+
+// Rounds n inputs to a grid, and returns their sum as codes.
+inline int32_t to_codes(const float* x, int64_t n, const Grid& g, int8_t* q) {
+  if (!(g.scale == g.scale)) {
+    std::memset(q, 0, n);
+    return 0;
+  }
+  int32_t total = 0;
+  for (int64_t i = 0; i < n; i++) {
+    // Beyond the grid on either side; rounding is exact only for magnitudes below 2^22.
+    float v = limited(x[i] / g.scale, -1e6f, 1e6f);
+    int32_t c = (int32_t)limited(rounded(v) + g.zero, g.low, g.high);
+    q[i] = (int8_t)c;
+    total += c;
+  }
+  return total;
+}
+
+inline constexpr float kSixteenBits = 127 * 256 + 127;
+
+// Rounds a run of inputs to 16 bits of its largest magnitude, as two bytes; returns the scale.
+inline float to_digits(const float* x, int64_t n, int8_t* high, int8_t* low, int32_t totals[2]) {
+  const uint32_t most = largest(x, n);
+  totals[0] = totals[1] = 0;
+  const float top = as_float(most), step = kSixteenBits / top;
+  if (most >= kInfinity || !(step <= FLT_MAX)) {  // not finite; or zero, or a denormal number
+    std::memset(high, 0, n);
+    std::memset(low, 0, n);
+    return most >= kInfinity ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+  }
+  int32_t sum_high = 0, sum_low = 0;
+  for (int64_t i = 0; i < n; i++) {
+    int32_t c = (int32_t)rounded(limited(x[i] * step, -kSixteenBits, kSixteenBits));
+    int32_t h = (c + 128) >> 8;
+    high[i] = (int8_t)h;
+    low[i] = (int8_t)(c - h * 256);
+    sum_high += h;
+    sum_low += c - h * 256;
+  }
+  totals[0] = sum_high;
+  totals[1] = sum_low;
+  return top / kSixteenBits;
+}
+
+// Rounds rows `row` to `row + height` of `a.x` [m, k] for one tile.
+//
+// Codes are written as [step of 4 inputs][digit][row][4], zero beyond k. For each row there are
+// `segments` scales and `segments` x `digits` sums of codes, and one zero point.
+template <typename Spec>
+void quantize_rows(const Spec& a, int64_t row, int height, int64_t segment, int64_t segments,
+                   int digits, int8_t* codes, float* scales, int32_t* totals, float* zeros) {
+  constexpr int64_t kPiece = 256;
+  const int64_t steps = (a.k + 31) / 32 * 8;
+  Scratch wide(a.x_bf16 ? (a.k + 1) * sizeof(float) : 0);
+  for (int r = 0; r < height; r++) {
+    const int64_t from = (row + r) * a.k;
+    const float* x = static_cast<const float*>(a.x) + from;
+    if (a.x_bf16) {
+      const uint16_t* half = static_cast<const uint16_t*>(a.x) + from;
+      for (int64_t i = 0; i < a.k; i++) wide.template as<float>()[i] = from_bf16(half[i]);
+      x = wide.template as<float>();
+    }
+    Grid grid{};
+    if (digits == 1) grid = grid_of(a, x, a.k);
+    zeros[r] = grid.zero;
+    for (int64_t s = 0; s < segments; s++) {
+      scales[r * segments + s] = grid.scale;
+      for (int d = 0; d < digits; d++) totals[(r * segments + s) * digits + d] = 0;
+    }
+    // A piece at a time, which stays in the cache; pieces lie within segments or hold none.
+    const int64_t piece = digits == 2 ? segment : kPiece;
+    for (int64_t start = 0; start < 4 * steps; start += piece) {
+      int8_t buffer[2][kPiece] = {};
+      const int64_t n = std::max<int64_t>(0, std::min(a.k - start, piece));
+      if (digits == 2) {
+        const int64_t s = start / segment;
+        scales[r * segments + s] =
+            to_digits(x + start, n, buffer[0], buffer[1], totals + (r * segments + s) * 2);
+      } else if (segment % kPiece == 0) {
+        totals[r * segments + start / segment] += to_codes(x + start, n, grid, buffer[0]);
+      } else {
+        for (int64_t at = 0; at < n;) {
+          const int64_t s = (start + at) / segment, end = std::min(n, (s + 1) * segment - start);
+          totals[r * segments + s] += to_codes(x + start + at, end - at, grid, buffer[0] + at);
+          at = end;
+        }
+      }
+      const int64_t stop = std::min(start + piece, 4 * steps);
+      for (int d = 0; d < digits; d++) {
+        int8_t* to = codes + (start / 4 * digits + d) * height * 4 + r * 4;
+        for (int64_t i = 0; i < stop - start; i += 4, to += digits * height * 4) {
+          std::memcpy(to, buffer[d] + i, 4);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace jom
+
+#endif  // JOM_QUANTIZE_H_
