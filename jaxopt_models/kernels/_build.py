@@ -21,7 +21,6 @@ import jax.ffi
 logger = logging.getLogger("jaxopt_models")
 
 HERE = pathlib.Path(__file__).parent
-BINDING = HERE / "_native" / "binding.cc"
 #: Compiler flags by instruction set; ``"native"`` is the best of the machine.
 ISAS = {
     "native": ("-march=native",),
@@ -46,7 +45,7 @@ class BuildError(RuntimeError):
 
 def sources() -> list[pathlib.Path]:
     """Returns what is compiled: the kernels, and what binds them to XLA."""
-    return [*sorted(HERE.glob("*/cpu.cc")), BINDING]
+    return [*sorted(HERE.glob("*/cpu.cc")), *sorted(HERE.glob("_native/*.cc"))]
 
 
 def compiler() -> str:
@@ -167,7 +166,7 @@ def _compile(isa: str, cxx: str, folder: pathlib.Path) -> pathlib.Path:
     flags = [*FLAGS, *ISAS[isa], f"-I{jax.ffi.include_dir()}"]
 
     def compiled(source: pathlib.Path) -> str:
-        made = folder / f"{source.parent.name}.o"
+        made = folder / f"{source.parent.name}-{source.stem}.o"
         _run([*shlex.split(cxx), *flags, "-c", str(source), "-o", str(made)])
         return str(made)
 

@@ -1,45 +1,17 @@
 // What XLA calls: extents are checked here, work is done in the kernels beside.
-#include "xla/ffi/api/ffi.h"
+#include "binding.h"
 
 #include "../matmul/cpu.h"
 
-namespace ffi = xla::ffi;
-
+namespace jom {
 namespace {
 
-class XlaPool : public jom::Pool {
- public:
-  explicit XlaPool(ffi::ThreadPool pool) : pool_(pool), threads_((int)pool.num_threads()) {}
-  int threads() const override { return threads_; }
-  void schedule(std::function<void()> task) const override { pool_.Schedule(std::move(task)); }
-
- private:
-  mutable ffi::ThreadPool pool_;
-  int threads_;
-};
-
-ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jaxopt_models: " + what); }
-
-bool is_bf16(const ffi::AnyBuffer& b) { return b.element_type() == ffi::DataType::BF16; }
-
-bool is_real(const ffi::AnyBuffer& b) {
-  return is_bf16(b) || b.element_type() == ffi::DataType::F32;
-}
-
-// An operand that may be left out is given without entries.
-template <typename B>
-const float* optional(const B& b) { return b.element_count() ? b.typed_data() : nullptr; }
-
-bool same(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end());
-}
-
-ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U8> w,
-                  ffi::BufferR4<ffi::F32> scale, ffi::BufferR4<ffi::F32> zero,
-                  ffi::BufferR4<ffi::F32> sums, ffi::BufferR1<ffi::F32> bias,
-                  ffi::BufferR2<ffi::F32> grid, ffi::BufferR0<ffi::S32> index,
-                  ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t inputs, int64_t input_bits,
-                  int64_t symmetric, int64_t activation) {
+ffi::Error run_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U8> w,
+                      ffi::BufferR4<ffi::F32> scale, ffi::BufferR4<ffi::F32> zero,
+                      ffi::BufferR4<ffi::F32> sums, ffi::BufferR1<ffi::F32> bias,
+                      ffi::BufferR2<ffi::F32> grid, ffi::BufferR0<ffi::S32> index,
+                      ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t inputs, int64_t input_bits,
+                      int64_t symmetric, int64_t activation) {
   if (!is_real(x) || !is_real(*y)) return wrong("matmul: inputs and outputs are float32 or bfloat16");
   auto xd = x.dimensions(), yd = y->dimensions(), wd = w.dimensions(), sd = scale.dimensions();
   if (xd.size() != 2 || yd.size() != 2 || xd[0] != yd[0]) return wrong("matmul: x is not [m, k], or y not [m, n]");
@@ -52,13 +24,13 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U8>
   const int64_t layers = wd[0];
   if (layers < 1) return wrong("matmul: there is no layer");
   auto gd = grid.dimensions();
-  if (inputs == (int64_t)jom::Inputs::kStatic && (gd[0] != layers || gd[1] != 2)) {
+  if (inputs == (int64_t)Inputs::kStatic && (gd[0] != layers || gd[1] != 2)) {
     return wrong("matmul: the grid of the inputs is not [layers, 2]");
   }
   // As JAX does, an index beyond the stack is moved to its end.
   const int64_t layer = std::min<int64_t>(std::max<int64_t>(*index.typed_data(), 0), layers - 1);
   const int64_t per = sd[1] * sd[2] * 64;
-  jom::Matmul a{};
+  Matmul a{};
   a.m = xd[0], a.k = xd[1], a.n = yd[1];
   a.panels = wd[1], a.chunks = wd[2], a.groups = sd[2], a.bits = (int)bits;
   a.x = x.untyped_data(), a.x_bf16 = is_bf16(x);
@@ -67,25 +39,24 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U8>
   a.zero = optional(zero) ? zero.typed_data() + layer * per : nullptr;
   a.sums = optional(sums) ? sums.typed_data() + layer * per : nullptr;
   a.bias = optional(bias);
-  a.inputs = (jom::Inputs)inputs, a.input_bits = (int)input_bits;
+  a.inputs = (Inputs)inputs, a.input_bits = (int)input_bits;
   a.input_symmetric = symmetric;
-  if (a.inputs == jom::Inputs::kStatic) {
+  if (a.inputs == Inputs::kStatic) {
     a.input_scale = grid.typed_data()[2 * layer], a.input_zero = grid.typed_data()[2 * layer + 1];
   }
-  a.act = (jom::Activation)activation;
+  a.act = (Activation)activation;
   a.y = y->untyped_data(), a.y_bf16 = is_bf16(*y);
-  if (const char* what = jom::check(a)) return wrong(std::string("matmul: ") + what);
-  jom::matmul(a, XlaPool(pool));
+  if (const char* what = check(a)) return wrong(std::string("matmul: ") + what);
+  matmul(a, XlaPool(pool));
   return ffi::Error::Success();
 }
 
 }  // namespace
-
-#define JOM_EXPORT __attribute__((visibility("default")))
+}  // namespace jom
 
 extern "C" JOM_EXPORT XLA_FFI_Error* jom_matmul(XLA_FFI_CallFrame*);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jom_matmul, Matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jom_matmul, jom::run_matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
