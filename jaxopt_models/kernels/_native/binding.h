@@ -11,9 +11,9 @@
 
 #include "pool.h"
 
-namespace jom {
-
 namespace ffi = xla::ffi;
+
+namespace jom {
 
 class XlaPool : public Pool {
  public:
@@ -26,7 +26,9 @@ class XlaPool : public Pool {
   int threads_;
 };
 
-inline ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jaxopt_models: " + what); }
+inline ffi::Error wrong(const std::string& what) {
+  return ffi::Error::InvalidArgument("jaxopt_models: " + what);
+}
 
 inline bool is_bf16(const ffi::AnyBuffer& b) { return b.element_type() == ffi::DataType::BF16; }
 
