@@ -33,6 +33,7 @@ ffi::Error run_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi:
   Matmul a{};
   a.m = xd[0], a.k = xd[1], a.n = yd[1];
   a.panels = wd[1], a.chunks = wd[2], a.groups = sd[2], a.bits = (int)bits;
+  a.first = 0, a.last = a.n;
   a.x = x.untyped_data(), a.x_bf16 = is_bf16(x);
   a.w = w.typed_data() + layer * wd[1] * wd[2] * wd[3];
   a.scale = scale.typed_data() + layer * per;

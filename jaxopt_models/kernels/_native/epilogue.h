@@ -60,6 +60,14 @@ JOM_INLINE Floats activated(Floats x, Activation act) {
   }
 }
 
+inline void store_one(void* y, int64_t at, bool bf16, float x) {
+  if (bf16) {
+    static_cast<uint16_t*>(y)[at] = to_bf16(x);
+  } else {
+    static_cast<float*>(y)[at] = x;
+  }
+}
+
 // Stores the first n lanes, as float32 or bfloat16.
 JOM_INLINE void store_as(void* y, int64_t at, bool bf16, Floats x, int n) {
   if (!bf16) {
@@ -69,8 +77,7 @@ JOM_INLINE void store_as(void* y, int64_t at, bool bf16, Floats x, int n) {
   }
   float all[kLanes];
   store(all, x);
-  uint16_t* p = static_cast<uint16_t*>(y) + at;
-  for (int i = 0; i < n; i++) p[i] = to_bf16(all[i]);
+  for (int i = 0; i < n; i++) store_one(y, at + i, true, all[i]);
 }
 
 }  // namespace jom

@@ -67,6 +67,10 @@ template <int N>
 JOM_INLINE Bytes shift_up(Bytes a) { return {_mm512_slli_epi16(a.v, N)}; }
 JOM_INLINE Bytes either(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 JOM_INLINE Ints ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+// 256 high + low.
+JOM_INLINE Ints joined(Ints high, Ints low) {
+  return {_mm512_add_epi32(_mm512_slli_epi32(high.v, 8), low.v)};
+}
 // Adds to each lane the products of its four unsigned bytes with the four signed bytes of `four`.
 JOM_INLINE Ints dot4(Ints acc, Bytes w, int32_t four) {
   // Written out, as GCC copies accumulators around the intrinsic and then runs out of registers.
@@ -118,6 +122,10 @@ JOM_INLINE Bytes either(Bytes a, Bytes b) {
   return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
 }
 JOM_INLINE Ints ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+JOM_INLINE Ints joined(Ints high, Ints low) {
+  return {_mm256_add_epi32(_mm256_slli_epi32(high.lo, 8), low.lo),
+          _mm256_add_epi32(_mm256_slli_epi32(high.hi, 8), low.hi)};
+}
 JOM_INLINE Ints dot4(Ints acc, Bytes w, int32_t four) {
 #if defined(__AVXVNNI__)
   __m256i a = _mm256_set1_epi32(four);
@@ -173,6 +181,9 @@ template <int N>
 JOM_INLINE Bytes shift_up(Bytes a) { JOM_EACH(Bytes, vshlq_n_u8(a.v[i], N)) }
 JOM_INLINE Bytes either(Bytes a, Bytes b) { JOM_EACH(Bytes, vorrq_u8(a.v[i], b.v[i])) }
 JOM_INLINE Ints ints(int32_t x) { JOM_EACH(Ints, vdupq_n_s32(x)) }
+JOM_INLINE Ints joined(Ints high, Ints low) {
+  JOM_EACH(Ints, vaddq_s32(vshlq_n_s32(high.v[i], 8), low.v[i]))
+}
 JOM_INLINE Ints dot4(Ints acc, Bytes w, int32_t four) {
   // The products of signed bytes w - 128, and 128 times the sum of the other operand.
   int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(four));
@@ -216,6 +227,9 @@ template <int N>
 JOM_INLINE Bytes shift_up(Bytes a) { JOM_EACH(Bytes, 64, a.v[i] << N) }
 JOM_INLINE Bytes either(Bytes a, Bytes b) { JOM_EACH(Bytes, 64, a.v[i] | b.v[i]) }
 JOM_INLINE Ints ints(int32_t x) { JOM_EACH(Ints, kLanes, x) }
+JOM_INLINE Ints joined(Ints high, Ints low) {
+  JOM_EACH(Ints, kLanes, (int32_t)((uint32_t)high.v[i] << 8) + low.v[i])
+}
 JOM_INLINE Ints dot4(Ints acc, Bytes w, int32_t four) {
   int8_t a[4];
   std::memcpy(a, &four, 4);

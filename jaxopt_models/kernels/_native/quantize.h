@@ -2,6 +2,7 @@
 #ifndef JOM_QUANTIZE_H_
 #define JOM_QUANTIZE_H_
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <limits>
@@ -94,6 +95,11 @@ inline int32_t to_codes(const float* x, int64_t n, const Grid& g, int8_t* q) {
   return total;
 }
 
+// Writes n codes four at a time, `stride` bytes apart.
+inline void spread_row(const int8_t* codes, int64_t n, int8_t* to, int64_t stride) {
+  for (int64_t i = 0; i < n; i += 4, to += stride) std::memcpy(to, codes + i, 4);
+}
+
 inline constexpr float kSixteenBits = 127 * 256 + 127;
 
 // Rounds a run of inputs to 16 bits of its largest magnitude, as two bytes; returns the scale.
@@ -120,15 +126,12 @@ inline float to_digits(const float* x, int64_t n, int8_t* high, int8_t* low, int
   return top / kSixteenBits;
 }
 
-// Rounds rows `row` to `row + height` of `a.x` [m, k] for one tile.
-//
-// Codes are written as [step of 4 inputs][digit][row][4], zero beyond k. For each row there are
-// `segments` scales and `segments` x `digits` sums of codes, and one zero point.
-template <typename Spec>
-void quantize_rows(const Spec& a, int64_t row, int height, int64_t segment, int64_t segments,
-                   int digits, int8_t* codes, float* scales, int32_t* totals, float* zeros) {
+// Rounds rows `row` to `row + height` of `a.x` [m, k] for one tile; codes are zero beyond k.
+template <typename Spec, typename Rounded>
+void quantize_rows(const Spec& a, int64_t row, int height, const Rounded& to) {
   constexpr int64_t kPiece = 256;
-  const int64_t steps = (a.k + 31) / 32 * 8;
+  const int64_t padded = (a.k + 31) / 32 * 32, segment = to.segment, segments = to.segments;
+  const int digits = to.digits;
   Scratch wide(a.x_bf16 ? (a.k + 1) * sizeof(float) : 0);
   for (int r = 0; r < height; r++) {
     const int64_t from = (row + r) * a.k;
@@ -140,35 +143,29 @@ void quantize_rows(const Spec& a, int64_t row, int height, int64_t segment, int6
     }
     Grid grid{};
     if (digits == 1) grid = grid_of(a, x, a.k);
-    zeros[r] = grid.zero;
-    for (int64_t s = 0; s < segments; s++) {
-      scales[r * segments + s] = grid.scale;
-      for (int d = 0; d < digits; d++) totals[(r * segments + s) * digits + d] = 0;
-    }
-    // A piece at a time, which stays in the cache; pieces lie within segments or hold none.
+    to.zeros[r] = grid.zero;
+    float* scales = to.scales + r * segments;
+    int32_t* totals = to.totals + r * segments * digits;
+    for (int64_t s = 0; s < segments; s++) scales[s] = grid.scale;
+    std::fill(totals, totals + segments * digits, 0);
+    // A piece at a time, which stays in the cache; pieces lie within segments or hold some.
     const int64_t piece = digits == 2 ? segment : kPiece;
-    for (int64_t start = 0; start < 4 * steps; start += piece) {
+    for (int64_t start = 0; start < padded; start += piece) {
       int8_t buffer[2][kPiece] = {};
       const int64_t n = std::max<int64_t>(0, std::min(a.k - start, piece));
       if (digits == 2) {
         const int64_t s = start / segment;
-        scales[r * segments + s] =
-            to_digits(x + start, n, buffer[0], buffer[1], totals + (r * segments + s) * 2);
-      } else if (segment % kPiece == 0) {
-        totals[r * segments + start / segment] += to_codes(x + start, n, grid, buffer[0]);
-      } else {
-        for (int64_t at = 0; at < n;) {
-          const int64_t s = (start + at) / segment, end = std::min(n, (s + 1) * segment - start);
-          totals[r * segments + s] += to_codes(x + start + at, end - at, grid, buffer[0] + at);
-          at = end;
-        }
+        scales[s] = to_digits(x + start, n, buffer[0], buffer[1], totals + 2 * s);
       }
-      const int64_t stop = std::min(start + piece, 4 * steps);
+      for (int64_t at = 0; digits == 1 && at < n;) {
+        const int64_t s = (start + at) / segment, end = std::min(n, (s + 1) * segment - start);
+        totals[s] += to_codes(x + start + at, end - at, grid, buffer[0] + at);
+        at = end;
+      }
+      const int64_t stop = std::min(piece, padded - start);
       for (int d = 0; d < digits; d++) {
-        int8_t* to = codes + (start / 4 * digits + d) * height * 4 + r * 4;
-        for (int64_t i = 0; i < stop - start; i += 4, to += digits * height * 4) {
-          std::memcpy(to, buffer[d] + i, 4);
-        }
+        spread_row(buffer[d], stop, to.codes + (start / 4 * digits + d) * height * 4 + r * 4,
+                   digits * height * 4);
       }
     }
   }

@@ -3,6 +3,7 @@
 #define JOM_MATMUL_CPU_H_
 
 #include <cstdint>
+#include <functional>
 
 #include "../_native/epilogue.h"
 #include "../_native/pool.h"
@@ -29,6 +30,7 @@ struct Matmul {
   int64_t m, k, n;
   int64_t panels, chunks;  // of the packed weights
   int64_t groups;          // runs of inputs with scales of their own
+  int64_t first, last;     // which columns are computed, usually 0 and n
   int bits;
   const void* x;           // [m, k] float32 or bfloat16
   bool x_bf16;
@@ -47,8 +49,30 @@ struct Matmul {
   bool y_bf16;
 };
 
+// Rows of inputs as codes, in the order of the tiles that read them.
+struct Rounded {
+  int digits;        // 1, or 2 bytes for each input, the higher first
+  int64_t segment;   // inputs that share a scale, a multiple of 32
+  int64_t segments;
+  int8_t* codes;     // for each tile [step of 4 inputs][digit][row][4]
+  float* scales;     // [row][segments]; NaN where an input is not finite
+  int32_t* totals;   // [row][segments][digits]: sums of codes
+  float* zeros;      // [row]: zero points less 2^(bits - 1)
+
+  // The same from a row on, of which the codes take `padded` inputs.
+  Rounded from(int64_t row, int64_t padded) const {
+    return {digits, segment, segments, codes + row * padded * digits, scales + row * segments,
+            totals + row * segments * digits, zeros + row};
+  }
+};
+
+// Writes rows `row` to `row + height`, which are one tile, to the start of a `Rounded`.
+using Prepare = std::function<void(int64_t row, int height, const Rounded& x)>;
+
 // Returns nullptr, or what is wrong with the sizes.
 const char* check(const Matmul& a);
+// Multiplies rows that `prepare` writes, wherever they come from; a.x is not read.
+void products(const Matmul& a, const Prepare& prepare, const Pool& pool);
 // Sizes must have been checked.
 void matmul(const Matmul& a, const Pool& pool);
 
