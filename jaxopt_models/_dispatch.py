@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ._jaxpr import varying
 from ._kernels import KERNELS, Kernel, View
 from ._lookup import rows_of
 from ._pack import why_not
-from .kernels import matmul, status
+from .kernels import conv, matmul, status
 from .kernels.matmul import Packed
 from .quant import WithInput
 
@@ -102,6 +103,57 @@ def _dot(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [y.transpose(*order).astype(out.aval.dtype)]
 
 
+# ------------------------------------------------------------------ convolutions
+
+
+def _conv_refuses(eqn: Any, values: Sequence[Any]) -> str:
+    position, seen = _operand(values)
+    leaf, x, p = seen.leaf, values[1 - position], eqn.params
+    if why := _unfit(leaf) or _unfit_input(leaf, x):
+        return why
+    spec, ndim = p["dimension_numbers"], len(eqn.invars[1].aval.shape)
+    if position != 1 or p["batch_group_count"] != 1 or leaf.stack:
+        return "it is no convolution of inputs with one kernel"
+    if ndim not in (3, 4):
+        return f"a window of {ndim - 2} axes"
+    if set(p["lhs_dilation"]) != {1}:
+        return "the input is dilated"
+    # Stored as [*window, channels, outputs], which is the order of the packed codes.
+    stored = tuple(seen.order[a] for a in (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
+    if stored != tuple(range(ndim)) or _codes(leaf).out != (ndim - 1,):
+        return "the kernel is not stored as [*window, channels, outputs]"
+    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the result is {eqn.outvars[0].aval.dtype}"
+    return ""
+
+
+def _as_image(leaf: Any) -> Any:
+    """Returns the kernel of a sequence as that of an image of one line."""
+    if isinstance(leaf, WithInput):
+        return dataclasses.replace(leaf, values=_as_image(leaf.values), core=(1, *leaf.core))
+    return dataclasses.replace(leaf, core=(1, *leaf.core), out=tuple(a + 1 for a in leaf.out))
+
+
+def _conv(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    _, seen = _operand(values)
+    x, p, [out] = values[0], eqn.params, eqn.outvars
+    spec = p["dimension_numbers"]
+    flat = len(spec.lhs_spec) == 3
+    x = x.transpose(spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
+    leaf, pads = seen.leaf, list(p["padding"])
+    strides, dilation = tuple(p["window_strides"]), tuple(p["rhs_dilation"])
+    if flat:  # an image of one line
+        x = x[:, None]
+        leaf = _as_image(leaf)
+        pads, strides, dilation = [(0, 0), *pads], (1, *strides), (1, *dilation)
+    groups = p["feature_group_count"]
+    y = conv.conv(x, leaf, strides=strides, padding=pads, dilation=dilation, groups=groups)
+    y = y[:, 0] if flat else y
+    # From [batch, *window, outputs] to the axes of the result.
+    where = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    return [y.transpose(*(where.index(a) for a in range(y.ndim))).astype(out.aval.dtype)]
+
+
 # ------------------------------------------------------------------ lookups
 
 
@@ -138,5 +190,7 @@ def _lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
 KERNELS += [
     Kernel("packed matmul", "dot_general", Packed, ("cpu",), _dot, _dot_refuses),
     Kernel("packed matmul", "dot_general", WithInput, ("cpu",), _dot, _dot_refuses),
+    Kernel("packed conv", "conv_general_dilated", Packed, ("cpu",), _conv, _conv_refuses),
+    Kernel("packed conv", "conv_general_dilated", WithInput, ("cpu",), _conv, _conv_refuses),
     Kernel("rows alone", "gather", Encoded, (), _lookup, _lookup_refuses),
 ]

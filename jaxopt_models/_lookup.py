@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ._coded import Coded
 from ._encoded import Encoded, Masked, is_encoded
+from .kernels._layout import CHUNK, PANEL, unpack
 from .kernels.matmul import Packed
-from .kernels.matmul.layout import CHUNK, PANEL, unpack
 from .quant._with_input import Reader
 
 

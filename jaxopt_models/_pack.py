@@ -11,8 +11,8 @@ import numpy as np
 
 from ._axes import Matrix
 from ._encoded import Encoded, Masked, is_encoded
-from .kernels.matmul.layout import CHUNK, WIDTHS, Packed, to_panels
-from .kernels.matmul.layout import pack as lay_out
+from .kernels._layout import CHUNK, WIDTHS, Packed, to_panels
+from .kernels._layout import pack as lay_out
 from .quant import Quantized, Tabulated, WithInput
 from .quant._tables import table_of
 

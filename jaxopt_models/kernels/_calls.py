@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ._load import status
 
 
 def by_rows(
@@ -54,26 +58,61 @@ def by_rows(
     return mapped
 
 
-def with_tangent(
-    run: Callable[..., jax.Array], reference: Callable[..., jax.Array]
-) -> Callable[..., jax.Array]:
-    """Gives an operation the derivative of its definition.
+def either(
+    plain: Callable[..., jax.Array],
+    compiled: Callable[..., jax.Array],
+    operands: Any,
+    *,
+    implementation: str | None,
+    who: str,
+) -> jax.Array:
+    """Runs an operation by a kernel or in plain JAX, with the derivative of the latter.
 
     Nothing that the definition rebuilds is kept for the backward pass.
 
     Args:
-      run: from two lists of operands, numbers and integers, to an array.
-      reference: the same in plain JAX.
+      plain: the definition, `plain(*operands)`.
+      compiled: the kernel, `compiled(loaded, *operands)`.
+      operands: a tuple of pytrees of arrays.
+      implementation: ``"cpu"``, ``"xla"``, or ``None`` for the kernel where there is one and the
+        program is compiled for a CPU.
+      who: the public function, for messages.
 
     Returns:
-      ``run``, differentiable in forward and reverse mode by the numbers.
+      The result, differentiable in forward and reverse mode by what is floating.
+
+    Raises:
+      ValueError: for another implementation, or if the kernel is asked for and not there.
     """
+    if implementation not in (None, "cpu", "xla"):
+        raise ValueError(f"{who}: implementation={implementation!r} is not 'cpu', 'xla' or None")
+    found = status() if implementation != "xla" else None
+    if implementation == "cpu" and not found.path:  # type: ignore[union-attr]
+        raise ValueError(f"{who}: there are no kernels: {found.why}")  # type: ignore[union-attr]
+    leaves, treedef = jax.tree.flatten(operands)
+    leaves = [jnp.asarray(a) for a in leaves]
+    floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+
+    def joined(numbers: list[Any], codes: list[Any]) -> Any:
+        given = iter(codes), iter(numbers)
+        return jax.tree.unflatten(treedef, [next(given[f]) for f in floating])
+
+    def reference(numbers: list[Any], codes: list[Any]) -> jax.Array:
+        return plain(*joined(numbers, codes))
 
     @jax.custom_jvp
-    def both(numbers: list[jax.Array], codes: list[jax.Array]) -> jax.Array:
-        return run(numbers, codes)
+    def run(numbers: list[Any], codes: list[Any]) -> jax.Array:
+        if found is None or not found.path:
+            return reference(numbers, codes)
 
-    @both.defjvp
+        def kernel(numbers: list[Any], codes: list[Any]) -> jax.Array:
+            return compiled(found, *joined(numbers, codes))
+
+        if implementation == "cpu":
+            return kernel(numbers, codes)
+        return jax.lax.platform_dependent(numbers, codes, cpu=kernel, default=reference)
+
+    @run.defjvp
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         numbers, codes = primals
 
@@ -81,12 +120,30 @@ def with_tangent(
         def along(numbers: Any, codes: Any, steps: Any) -> jax.Array:
             return jax.jvp(lambda given: reference(given, codes), (numbers,), (steps,))[1]
 
-        y = both(numbers, codes)
+        y = run(numbers, codes)
         return y, along(numbers, codes, tangents[0]).astype(y.dtype)
 
-    return both
+    numbers = [a for a, f in zip(leaves, floating, strict=True) if f]
+    return run(numbers, [a for a, f in zip(leaves, floating, strict=True) if not f])
 
 
-def is_number(x: Any) -> bool:
-    """Says whether an operand is differentiated by."""
-    return jnp.issubdtype(x.dtype, jnp.floating)
+def axis_of(a: Any, i: int) -> Any:
+    """Returns the mesh axes along which axis ``i`` of an operand is divided, or ``None``."""
+    spec = getattr(a.sharding, "spec", PartitionSpec())
+    return spec[i] if i < len(spec) else None
+
+
+def names_of(axis: Any) -> set[str]:
+    """Returns the names in an entry of a partition."""
+    return set() if axis is None else {axis} if isinstance(axis, str) else set(axis)
+
+
+def count_of(mesh: Any, axis: Any) -> int:
+    """Returns the number of parts that an entry of a partition makes."""
+    return math.prod(mesh.shape[n] for n in names_of(axis))
+
+
+def placed(mesh: Any, a: Any, *axes: Any) -> NamedSharding:
+    """Returns how an operand is divided; one without entries is not."""
+    given = axes if math.prod(a.shape) else (None,) * len(a.shape)
+    return NamedSharding(mesh, PartitionSpec(*given))

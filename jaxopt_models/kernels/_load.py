@@ -14,7 +14,7 @@ import jax
 from . import _build
 
 #: Kernels by the name of their symbol.
-HANDLERS = ("matmul",)
+HANDLERS = ("matmul", "conv")
 _LOCK = threading.RLock()
 _LOADED: dict[str, Loaded] = {}
 

@@ -34,6 +34,8 @@ inline uint32_t largest(const float* x, int64_t n) {
   return most;
 }
 
+// The largest number of two signed bytes, 256 high + low.
+inline constexpr float kSixteenBits = 127 * 256 + 127;
 inline constexpr uint32_t kInfinity = 0x7f800000;
 
 JOM_INLINE float as_float(uint32_t bits) {
@@ -50,32 +52,54 @@ struct Grid {
   float low, high;    // of the codes
 };
 
-// The grid of whole rows (`Inputs` other than kFloat); the scale is NaN where an input is not finite.
+// The grid of inputs of which the largest magnitude, as bits, the least and the greatest, zero among
+// them, are known; its scale is NaN where an input is not finite.
 template <typename Spec>
-Grid grid_of(const Spec& a, const float* x, int64_t n) {
-  const int half = 1 << (a.input_bits - 1);
-  const uint32_t most = largest(x, n);
+Grid grid_from(const Spec& a, uint32_t most, float least, float greatest) {
   using Inputs = decltype(a.inputs);
-  Grid g{1.0f, 0.0f, (float)(1 - half), (float)(half - 1)};
-  if (a.inputs == Inputs::kRow) {
+  const int half = 1 << (a.input_bits - 1);
+  Grid g{a.input_scale, 0.0f, (float)(1 - half), (float)(half - 1)};
+  if (a.inputs == Inputs::kFloat) {
+    g.scale = as_float(most) / kSixteenBits;
+    g.low = -kSixteenBits, g.high = kSixteenBits;
+  } else if (a.inputs == Inputs::kRow) {
     g.scale = usable(as_float(most) / (float)(half - 1));
-  } else {
+  } else if (a.inputs == Inputs::kRowPair || !a.input_symmetric) {
     const bool pair = a.inputs == Inputs::kRowPair;
-    if (pair || !a.input_symmetric) {
-      g.low = (float)-half;
-      float low = 0.0f, high = 0.0f;
-      for (int64_t i = 0; pair && i < n; i++) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-      }
-      g.scale = pair ? usable((high - low) / (float)(2 * half - 1)) : a.input_scale;
-      g.zero = (pair ? rounded(-low / g.scale) : a.input_zero) - (float)half;
-    } else {
-      g.scale = a.input_scale;
-    }
+    if (pair) g.scale = usable((greatest - least) / (float)(2 * half - 1));
+    g.zero = (pair ? rounded(-least / g.scale) : a.input_zero) - (float)half;
+    g.low = (float)-half;
   }
   if (most >= kInfinity) g.scale = std::numeric_limits<float>::quiet_NaN();
   return g;
+}
+
+template <typename Spec>
+Grid grid_of(const Spec& a, const float* x, int64_t n) {
+  float least = 0.0f, greatest = 0.0f;
+  if (a.inputs == decltype(a.inputs)::kRowPair) {
+    for (int64_t i = 0; i < n; i++) {
+      least = x[i] < least ? x[i] : least;
+      greatest = x[i] > greatest ? x[i] : greatest;
+    }
+  }
+  return grid_from(a, largest(x, n), least, greatest);
+}
+
+// The code of an input, as a float.
+JOM_INLINE float code_of(float x, const Grid& g) {
+  // Beyond the grid on either side; rounding is exact only for magnitudes below 2^22.
+  float v = limited(x / g.scale, -1e6f, 1e6f);
+  return limited(rounded(v) + g.zero, g.low, g.high);
+}
+
+// Rounds n inputs to whole numbers, the zero point taken off; NaN passes by the scale.
+inline void to_whole(const float* x, int64_t n, const Grid& g, float* q) {
+  if (!(g.scale == g.scale)) {
+    std::fill(q, q + n, 0.0f);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) q[i] = code_of(x[i], g) - g.zero;
 }
 
 // Rounds n inputs to a grid, and returns their sum as codes.
@@ -86,9 +110,7 @@ inline int32_t to_codes(const float* x, int64_t n, const Grid& g, int8_t* q) {
   }
   int32_t total = 0;
   for (int64_t i = 0; i < n; i++) {
-    // Beyond the grid on either side; rounding is exact only for magnitudes below 2^22.
-    float v = limited(x[i] / g.scale, -1e6f, 1e6f);
-    int32_t c = (int32_t)limited(rounded(v) + g.zero, g.low, g.high);
+    int32_t c = (int32_t)code_of(x[i], g);
     q[i] = (int8_t)c;
     total += c;
   }
@@ -100,17 +122,15 @@ inline void spread_row(const int8_t* codes, int64_t n, int8_t* to, int64_t strid
   for (int64_t i = 0; i < n; i += 4, to += stride) std::memcpy(to, codes + i, 4);
 }
 
-inline constexpr float kSixteenBits = 127 * 256 + 127;
-
-// Rounds a run of inputs to 16 bits of its largest magnitude, as two bytes; returns the scale.
-inline float to_digits(const float* x, int64_t n, int8_t* high, int8_t* low, int32_t totals[2]) {
-  const uint32_t most = largest(x, n);
+// Rounds inputs to 16 bits, as two bytes, by a scale that may be zero or NaN.
+inline void to_digits(const float* x, int64_t n, float scale, int8_t* high, int8_t* low,
+                      int32_t totals[2]) {
   totals[0] = totals[1] = 0;
-  const float top = as_float(most), step = kSixteenBits / top;
-  if (most >= kInfinity || !(step <= FLT_MAX)) {  // not finite; or zero, or a denormal number
+  const float step = 1.0f / scale;
+  if (!(step <= FLT_MAX)) {  // not finite; or zero, or a denormal number
     std::memset(high, 0, n);
     std::memset(low, 0, n);
-    return most >= kInfinity ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+    return;
   }
   int32_t sum_high = 0, sum_low = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -123,7 +143,12 @@ inline float to_digits(const float* x, int64_t n, int8_t* high, int8_t* low, int
   }
   totals[0] = sum_high;
   totals[1] = sum_low;
-  return top / kSixteenBits;
+}
+
+// The scale of a run of inputs that are rounded to 16 bits; NaN where one is not finite.
+inline float scale_of_digits(const float* x, int64_t n) {
+  const uint32_t most = largest(x, n);
+  return most >= kInfinity ? std::numeric_limits<float>::quiet_NaN() : as_float(most) / kSixteenBits;
 }
 
 // Rounds rows `row` to `row + height` of `a.x` [m, k] for one tile; codes are zero beyond k.
@@ -155,7 +180,8 @@ void quantize_rows(const Spec& a, int64_t row, int height, const Rounded& to) {
       const int64_t n = std::max<int64_t>(0, std::min(a.k - start, piece));
       if (digits == 2) {
         const int64_t s = start / segment;
-        scales[s] = to_digits(x + start, n, buffer[0], buffer[1], totals + 2 * s);
+        scales[s] = scale_of_digits(x + start, n);
+        to_digits(x + start, n, scales[s], buffer[0], buffer[1], totals + 2 * s);
       }
       for (int64_t at = 0; digits == 1 && at < n;) {
         const int64_t s = (start + at) / segment, end = std::min(n, (s + 1) * segment - start);

@@ -1,4 +1,4 @@
 """Products of rows with packed integer codes; ``matmul`` is the operation."""
 
+from .._layout import Packed as Packed
 from .api import matmul as matmul
-from .layout import Packed as Packed

@@ -7,17 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .layout import Packed, spread
-
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-}
+from .._layout import Packed, spread
+from .._packed import ACTIVATIONS, codes_of
 
 
 def matmul(x: jax.Array, w: Any, bias: jax.Array | None, activation: str) -> jax.Array:
@@ -27,13 +18,12 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None, activation: str) -> jax
       x: rows `[m, k]`.
       w: a leaf of one core tensor.
       bias: `[n]` or ``None``.
-      activation: a key of :data:`ACTIVATIONS`.
+      activation: ``"none"``, ``"relu"`` and so on.
 
     Returns:
       `[m, n]`, the type of ``x``.
     """
-    dense = w if isinstance(w, Packed) else w.values
-    y = w.read(x, (1,), ()) @ dense.matrix.view(w.materialize()).astype(x.dtype)
+    y = w.read(x, (1,), ()) @ codes_of(w).matrix.view(w.materialize()).astype(x.dtype)
     if bias is not None:
         y = y + bias.astype(y.dtype).reshape(1, -1)
     return ACTIVATIONS[activation](y)

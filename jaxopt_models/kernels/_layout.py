@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..._axes import Matrix
-from ..._encoded import Encoded, leaf, static
+from .._axes import Matrix
+from .._encoded import Encoded, leaf, static
 
 #: Columns of a panel, inputs of a chunk, and inputs of a step: see `cpu.h`.
 PANEL, CHUNK, STEP = 64, 32, 4
