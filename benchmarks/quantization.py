@@ -58,6 +58,7 @@ def run(*, quick: bool = False) -> list[Row]:
             "3-bit GPTQ, times less output error than rounding to nearest, worst layer and seed",
             min(s["times3"] for s in seeds),
             ">= 5",
+            tuple(s["times3"] for s in seeds),
             note=f"median over seeds {statistics.median(s['times3'] for s in seeds):.1f}",
         ),
         mean_row("2-bit GPTQ, points above rounding to nearest", gap("gptq2", "rtn2"), ">= 5"),
