@@ -76,8 +76,9 @@ class Stats:
         return statistic(name).result(self.states[name], self.count)
 
 
+@jax.tree_util.register_pytree_with_keys_class
 class Calibration(dict[str, Stats]):
-    """``{path: Stats}``; printed it is a table.
+    """``{path: Stats}``, a pytree; printed it is a table.
 
     Args:
       found: statistics by path.
@@ -87,6 +88,17 @@ class Calibration(dict[str, Stats]):
     def __init__(self, found: dict[str, Stats], missing: dict[str, str]):
         super().__init__(found)
         self.missing = missing
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Takes the statistics apart from the paths, and from what is missing."""
+        children = [(jax.tree_util.DictKey(path), stats) for path, stats in self.items()]
+        return children, (tuple(self), tuple(self.missing.items()))
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Calibration:
+        """Undoes :meth:`tree_flatten_with_keys`."""
+        paths, missing = static
+        return cls(dict(zip(paths, children, strict=True)), dict(missing))
 
     def table(self) -> Table:
         """Returns a row for each parameter: its axes, samples, and statistics."""

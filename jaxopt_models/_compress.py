@@ -52,7 +52,7 @@ def compress(
     Raises:
       ValueError: if a rule decides no leaf, or a parameter cannot be encoded as told; the
         message names the path.
-      TypeError: if the recipe is none, or a rule names a complex parameter.
+      TypeError: if the recipe is none, the key is none, or a rule names a complex parameter.
 
     Example:
       >>> import jax.numpy as jnp, jaxopt_models as jom
@@ -65,6 +65,7 @@ def compress(
         ...
       ValueError: compress: rule 0 ('.*/kernl'): it matches no parameter. Paths are: dense/bias, dense/kernel
     """  # noqa: E501
+    check_key(key, "compress")
     leaves, unflatten = flatten(params)
     decisions = decide(leaves, recipe, who="compress")
     values = []
@@ -91,8 +92,32 @@ def encode(d: Decision, *, stats: Any, key: jax.Array | None, who: str) -> Any:
         found = None if stats is None else stats.get(path)
         if missing := encoder.missing(d.parameter.value, found):
             raise ValueError(f"{encoder} needs the statistics {missing}; calibrate and pass stats=")
-        axes = d.rule.axes or getattr(found, "axes", None)
+        axes = d.rule.axes or _seen_axes(found, d.parameter.value)
         return encoder(d.parameter.value, axes=axes, stats=found, key=fold(key, path))
+
+
+def _seen_axes(stats: Any, w: Any) -> Axes | None:
+    """Returns the roles of axes that statistics say, or raises if those are of another tensor."""
+    axes: Axes | None = getattr(stats, "axes", None)
+    if axes is not None and hasattr(w, "ndim"):
+        try:
+            axes.resolve(w.ndim)
+        except ValueError as e:
+            raise ValueError(
+                f"the statistics are of a parameter with {axes}, its shape is {tuple(w.shape)}; "
+                "calibrate this model"
+            ) from e
+    return axes
+
+
+def check_key(key: Any, who: str) -> None:
+    """Raises unless ``key`` is one random key, or ``None``."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    if key is None or (ndim == 0 and jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        return
+    if not (ndim == 1 and dtype == jnp.uint32):  # a key of `jax.random.PRNGKey`
+        what = f"{key!r:.60}" if dtype is None else f"{dtype}{list(key.shape)}"
+        raise TypeError(f"{who}: key={what} is no random key; give jax.random.key(0)")
 
 
 def fold(key: jax.Array | None, path: str) -> jax.Array | None:
@@ -150,6 +175,7 @@ def straight_through(recipe: Sequence[Rule]) -> Callable[..., Any]:
     """
 
     def show(params: Any, key: jax.Array | None = None) -> Any:
+        check_key(key, "straight_through")
         leaves, unflatten = flatten(params)
         values = []
         for d in decide(leaves, recipe, who="straight_through"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ._axes import Axes
 from ._bits import pack_bits
 from ._chain import Chain
-from ._compress import encode
+from ._compress import check_key, encode
 from ._encoded import Encoded, Masked, is_encoded, rebuilt
 from ._encoder import Encoder, check_keep, check_tensor
 from ._latent import Latent
@@ -73,6 +73,7 @@ def prepare(
       >>> bool((small["w"].materialize() == latents["w"].materialize()).all())
       True
     """
+    check_key(key, "prepare")
     leaves, unflatten = flatten(params)
     values = []
     for d in decide(leaves, recipe, who="prepare"):

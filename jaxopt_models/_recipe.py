@@ -106,12 +106,19 @@ def decide(leaves: Sequence[Parameter], recipe: Sequence[Rule], *, who: str) -> 
                 else "it matches no parameter"
             )
             paths = ", ".join(p.path for p in leaves if not p.reason) or "none"
+            hidden = [p for p in leaves if p.reason and patterns[i].fullmatch(p.path)]
+            if hidden and not taken[i]:
+                why += f" ({hidden[0].path} is {_what(hidden[0])}; rules see floating parameters)"
             hint = ""
             inside = any(p.path.startswith("params/") for p in leaves)
             if inside and not taken[i] and not rule.path.startswith("params/"):
                 hint = "; pass variables['params'], whose paths do not start with params/"
             raise ValueError(f"{who}: rule {i} ({rule.path!r}): {why}. Paths are: {paths}{hint}")
     return decisions
+
+
+def _what(p: Parameter) -> str:
+    return f"of the {p.reason}" if p.reason.startswith("collection ") else p.reason
 
 
 def check_recipe(recipe: Any, *, who: str) -> list[Rule]:

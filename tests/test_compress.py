@@ -93,7 +93,7 @@ def test_integers_pass_through_and_cannot_be_named():
     assert small["step"] is params["step"]
     assert small["key"] is params["key"]
     assert small["name"] == "text"
-    with pytest.raises(ValueError, match="matches no parameter"):
+    with pytest.raises(ValueError, match=r"matches no parameter \(step is int32; rules see float"):
         jom.compress(params, [Rule("step", INT8)])
 
 
@@ -245,6 +245,14 @@ def test_keys_differ_by_path_and_are_the_same_in_every_process():
     env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True)
     assert run.stdout.strip() == bits(small["a"].codebook).hex(), run.stderr
+
+
+@pytest.mark.parametrize("call", [jom.compress, jom.prepare])
+def test_what_is_no_key_is_refused(call):
+    for key in (0, jnp.zeros(2), jax.random.split(jax.random.key(0), 2)):
+        with pytest.raises(TypeError, match=r"key=.* is no random key; give jax.random.key\(0\)"):
+            call({"w": W}, [Rule("w", INT8)], key=key)
+    call({"w": W}, [Rule("w", INT8)], key=jax.random.PRNGKey(0))
 
 
 def test_a_random_start_needs_a_key():

@@ -96,7 +96,7 @@ class AWQ(Encoder):
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Checks the statistics, and encodes."""
-        check_gram(stats, axes, w.ndim - axes.stack, "AWQ")
+        check_gram(stats, axes, w.shape, "AWQ")
         return super().run(w, axes, keep, stats, key)
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Scaled:

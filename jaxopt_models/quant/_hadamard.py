@@ -13,7 +13,7 @@ from .._bits import pack_bits, wide_dtype
 from .._encoded import Encoded
 from .._encoder import Encoder
 from ._rotated import Rotated, block_of, rotate
-from ._rows import check_finite, check_roles, with_squares
+from ._rows import check_finite, check_stats, with_squares
 
 # What a statistic of rotated inputs is made of.
 _FROM = {"gram": "gram", "l2": "gram", "mean": "mean"}
@@ -74,7 +74,7 @@ class Hadamard(Encoder):
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Checks the statistics, and encodes."""
         if self.needs:
-            check_roles(stats, axes, w.ndim - axes.stack, "Hadamard")
+            check_stats(stats, axes, w.shape, "Hadamard")
             if missing := [n for n in self.needs if n not in stats.states]:
                 raise ValueError(
                     f"{self} needs the statistics {missing}; it was given {stats.names}"

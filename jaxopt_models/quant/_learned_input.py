@@ -46,13 +46,14 @@ class _Observed(OnInput):
         """What the observer watches, where no number is given."""
         return () if self.start is not None else (self.observer.watches,)
 
-    def _begin(self, stats: Any, stack: tuple[int, ...]) -> tuple[Any, Any]:
-        moved = self.learns[1]
+    def _begin(self, stats: Any, shape: tuple[int, ...], n: int) -> tuple[Any, Any]:
+        moved, stack = self.learns[1], shape[:n]
         if self.start is not None:
             zero = jnp.zeros(stack, jnp.float32) if moved else None
             return jnp.full(stack, self.start, jnp.float32), zero
         rounding = Input(self.bits, per="static", symmetric=self.negative, observer=self.observer)
-        low, high = (b.astype(jnp.float32) for b in rounding.bounds(stats, len(stack)))
+        bounds = rounding.bounds(stats, shape, n, instead="start=")
+        low, high = (b.astype(jnp.float32) for b in bounds)
         if self.rule == "clip":
             return positive(high), None
         if self.negative:
@@ -86,7 +87,8 @@ class LearnedInput(_Observed):
 
     Raises:
       TypeError: for options of another type.
-      ValueError: for options out of range, or, when called, if statistics are missing.
+      ValueError: for options out of range, or, when called, if statistics are missing or saw no
+        input.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxopt_models as jom
@@ -142,7 +144,8 @@ class PACT(_Observed):
 
     Raises:
       TypeError: for options of another type.
-      ValueError: for options out of range, or, when called, if statistics are missing.
+      ValueError: for options out of range, or, when called, if statistics are missing or saw no
+        input.
 
     Example:
       >>> import jax.numpy as jnp, jaxopt_models as jom

@@ -12,12 +12,67 @@ from .._axes import Axes, Matrix
 from .._bits import is_concrete
 from .._encoder import not_finite
 
+# Statistics with a row for each input, which is the last axis of their states.
+_ROWS = ("gram", "l2", "mean", "absmax", "minmax", "drift")
 
-def check_roles(stats: Any, axes: Axes, ndim: int, who: str) -> None:
+
+def check_shape(stats: Any, shape: tuple[int, ...], stack: int) -> None:
+    """Raises unless statistics can be of the inputs of a parameter of this shape.
+
+    They may have more stack axes than are asked for, which are then pooled.
+    """
+    lead = _lead(stats, shape[:stack])
+    if len(lead) < stack or tuple(shape[: len(lead)]) != lead:
+        raise ValueError(
+            f"the statistics are of a stack {lead}, it has {tuple(shape[:stack])} of shape "
+            f"{tuple(shape)}; calibrate this model"
+        )
+    _check_rows(stats, tuple(shape[len(lead) :]))
+
+
+def _lead(stats: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the stack that statistics are of."""
+    if "count" not in stats.states:
+        return tuple(default)
+    counts = stats.states["count"].low.shape
+    return tuple(counts[: len(counts) - len(stats.groups)])
+
+
+def _check_rows(stats: Any, core: tuple[int, ...]) -> None:
+    """Raises unless statistics can be of the inputs of a core tensor."""
+    rows = Matrix(core, _roles(stats, core).out or ()).rows
+    for name in _ROWS:
+        state = jax.tree.leaves(stats.states.get(name))
+        if state and state[0].shape[-1] != rows:
+            raise ValueError(
+                f"the statistics are of {state[0].shape[-1]} inputs, it has {rows}; calibrate "
+                "this model"
+            )
+    for axis, n in stats.groups:
+        if axis >= len(core) or core[axis] % n:
+            raise ValueError(
+                f"the statistics are of inputs in {n} groups along axis {axis}, its shape is "
+                f"{core}; calibrate this model"
+            )
+
+
+def _roles(stats: Any, core: tuple[int, ...]) -> Axes:
+    """Returns the resolved roles of the axes of what statistics are of."""
+    try:
+        found: Axes = stats.axes.resolve(len(core) + stats.axes.stack)
+    except ValueError as e:
+        raise ValueError(
+            f"the statistics are of a parameter with {stats.axes}, its shape is {core}; calibrate "
+            "this model"
+        ) from e
+    return found
+
+
+def check_roles(stats: Any, axes: Axes, core: tuple[int, ...], who: str) -> None:
     """Raises unless statistics are of the inputs that the roles of a core tensor name."""
     if stats is None:
         raise ValueError(f"{who} needs statistics; calibrate and pass stats=")
-    seen = stats.axes.resolve(ndim + stats.axes.stack).out
+    seen = _roles(stats, core).out
     if seen != axes.out:
         raise ValueError(
             f"{who}: the statistics are of inputs of a parameter with out axes {seen}, the rule "
@@ -25,14 +80,26 @@ def check_roles(stats: Any, axes: Axes, ndim: int, who: str) -> None:
         )
     if inner := {axis for axis, _ in stats.groups} - set(axes.out):
         raise ValueError(f"{who}: inputs differ along axes {sorted(inner)}, which are no outputs")
+    _check_rows(stats, core)
 
 
-def check_gram(stats: Any, axes: Axes, ndim: int, who: str) -> None:
-    """Raises unless statistics of a core tensor have the gram of its inputs, all of it finite."""
-    check_roles(stats, axes, ndim, who)
+def check_gram(stats: Any, axes: Axes, shape: tuple[int, ...], who: str) -> None:
+    """Raises unless statistics have the gram of the inputs of a parameter, all of it finite."""
+    check_stats(stats, axes, shape, who)
     if "gram" not in stats.states:
         raise ValueError(f"{who} needs the statistic 'gram'; it was given {stats.names}")
     check_finite(stats, who)
+
+
+def check_stats(stats: Any, axes: Axes, shape: tuple[int, ...], who: str) -> None:
+    """Raises unless statistics are of the inputs of a parameter, of this shape and these roles."""
+    core, stack = tuple(shape[axes.stack :]), tuple(shape[: axes.stack])
+    check_roles(stats, axes, core, who)
+    if (lead := _lead(stats, stack)) != stack:
+        raise ValueError(
+            f"the statistics are of a stack {lead}, it has {stack} of shape {tuple(shape)}; leave "
+            "axes out of the rule, or calibrate this model"
+        )
 
 
 def check_finite(stats: Any, who: str) -> None:
@@ -45,6 +112,19 @@ def check_finite(stats: Any, who: str) -> None:
                 f"{who}: the {n} of the inputs holds NaN or Inf; check the batches, or the "
                 "layers before this one"
             )
+
+
+def check_matrix(w: Any, gram: Any, who: str) -> None:
+    """Raises unless a gram is of the rows of a matrix, all of it finite where it can be seen."""
+    rows = w.shape[0] if w.ndim else 0
+    if w.ndim != 2 or tuple(gram.shape) != (rows, rows):
+        raise ValueError(
+            f"{who}: gram has shape {tuple(gram.shape)} for w of shape {tuple(w.shape)}; give "
+            "[rows, rows] for [rows, columns]"
+        )
+    bad = not_finite(gram) if is_concrete(gram) else 0
+    if is_concrete(bad) and int(bad):
+        raise ValueError(f"{who}: gram holds NaN or Inf in {int(bad)} entries; check the inputs")
 
 
 def with_squares(stats: Any) -> Any:
@@ -79,7 +159,7 @@ def by_column(stats: Any, name: str, m: Matrix, axes: Axes) -> jax.Array:
       m: the view, which may be coarser than ``axes`` (one column for all).
       axes: roles of the axes of the core tensor.
     """
-    check_roles(stats, axes, len(m.core), name)
+    check_roles(stats, axes, m.core, name)
     true = Matrix(m.core, axes.out)
     rows = of_columns(getattr(stats, name), stats.groups, true).T
     return rows if true.out == m.out else m.view(true.unview(rows))

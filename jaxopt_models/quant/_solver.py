@@ -81,7 +81,7 @@ class Solver(Encoder):
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Checks the statistics, and encodes."""
-        check_gram(stats, axes, w.ndim - axes.stack, type(self).__name__)
+        check_gram(stats, axes, w.shape, type(self).__name__)
         return super().run(w, axes, keep, stats, key)
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from .._axes import Axes
-from .._bits import wide_dtype
+from .._bits import is_concrete, wide_dtype
 from .._encoded import Encoded, divided, faults, is_encoded, leaf, rebuilt, static
 from .._encoder import Encoder, check_keep, check_tensor, masked
 from .._jaxpr import varying
@@ -19,6 +20,7 @@ from .._options import flag, width
 from .._statistics import Bins
 from ._grid import divide, positive, quotient
 from ._observers import MinMax, Observer
+from ._rows import check_shape
 
 
 class Reader(Encoded):
@@ -131,7 +133,7 @@ class Input(Encoder):
     Raises:
       TypeError: for options of another type.
       ValueError: for a width outside 2 to 8, another ``per``, or, when called, a static grid
-        without statistics.
+        without statistics, or of a parameter that calibration did not reach.
 
     Example:
       >>> import jax.numpy as jnp, jaxopt_models as jom
@@ -180,7 +182,8 @@ class Input(Encoder):
         values, stack = inside(w, axes, keep, str(self))
         scale = zero = None
         if self.per == "static":
-            scale, zero = _grid(*self.bounds(stats, stack), self.bits, self.symmetric)
+            bounds = self.bounds(stats, tuple(values.shape), stack)
+            scale, zero = _grid(*bounds, self.bits, self.symmetric)
         core = tuple(values.shape[stack:])
         return WithInput(values, scale, zero, core, self.bits, self.per, self.symmetric)
 
@@ -193,12 +196,43 @@ class Input(Encoder):
         """Returns the statistics that are needed and not there."""
         return [] if stats is None and self._made(w) else super().missing(None, stats)
 
-    def bounds(self, stats: Any, stack: int) -> tuple[jax.Array, jax.Array]:
-        """Returns the range of a static grid for each stacked tensor, zero in it."""
+    def bounds(
+        self, stats: Any, shape: tuple[int, ...], stack: int, *, instead: str = "per='row'"
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the range of a static grid for each stacked tensor, zero in it.
+
+        Args:
+          stats: of the inputs of the parameter.
+          shape: its shape.
+          stack: number of its stack axes.
+          instead: the option that needs no statistics, for messages.
+        """
         watched = self.observer.watches
         if stats is None or watched not in stats.names:
             raise ValueError(f"{self} needs the statistics {[watched]}; calibrate first")
+        check_shape(stats, shape, stack)
+        _check_seen(stats, stack, instead)
         return _bounds(self, stack, getattr(stats, watched))
+
+
+def _check_seen(stats: Any, stack: int, instead: str) -> None:
+    """Raises where a parameter, or one of a stack, met no input, as far as that can be seen."""
+    tally = stats.states.get("count")
+    if tally is None or not (is_concrete(tally.low) and is_concrete(tally.high)):
+        return
+    seen = (np.asarray(tally.low) > 0) | (np.asarray(tally.high) > 0)
+    seen = seen.any(axis=tuple(range(stack, seen.ndim)))
+    if seen.all():
+        return
+    which = "it"
+    if stack:
+        names = [str(i[0] if stack == 1 else tuple(i)) for i in np.argwhere(~seen).tolist()]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        which = f"{', '.join(names[:8])}{more} of its stack {seen.shape}"
+    raise ValueError(
+        f"calibration did not reach {which}, so there is no range to start from; calibrate on "
+        f"batches that do, or give {instead}"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -213,7 +247,8 @@ def _bounds(encoder: Input, stack: int, seen: Any) -> tuple[jax.Array, jax.Array
 
     def one(seen: Any) -> tuple[jax.Array, jax.Array]:
         low, high = encoder.observer.of_input(seen, rounding, 2 ** (bits - symmetric))
-        hit = low <= high  # Otherwise the layer saw no input; any grid will do.
+        # No input was seen: that has raised, unless under jit; then any grid will do.
+        hit = low <= high
         low, high = jnp.where(hit, low, 0), jnp.where(hit, high, 0)
         return jnp.minimum(low, 0), jnp.maximum(high, 0)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._axes import Axes
 from .._bits import wide_dtype
-from .._compress import fold
+from .._compress import check_key, fold
 from .._encoded import leaf, static
 from .._encoder import Encoder
 from .._latent import holds_latent
@@ -151,8 +151,8 @@ class OnInput(Encoder):
         """Whether a scale is learned, and whether an offset is."""
         return False, False
 
-    def _begin(self, stats: Any, stack: tuple[int, ...]) -> tuple[Any, Any]:
-        """Returns scale and offset, as training begins with them."""
+    def _begin(self, stats: Any, shape: tuple[int, ...], n: int) -> tuple[Any, Any]:
+        """Returns scale and offset, as training begins with them, for ``n`` stack axes."""
         return None, None
 
     def _made(self, w: Any) -> bool:
@@ -178,20 +178,20 @@ class OnInput(Encoder):
     ) -> WithLearnedInput:
         """Puts the grid around ``w``; one that is there already stays as it was learned."""
         values, stack = inside(w, axes, keep, str(self))
-        shape = tuple(values.shape[:stack])
+        shape = tuple(values.shape)
         if self.gradient_bits is None or key is None:
             key = w.key if self._made(w) and holds_latent(w) else None
         elif stack:
-            key = jax.random.split(key, shape)
+            key = jax.random.split(key, shape[:stack])
         if self._made(w):
             return dataclasses.replace(w, key=key)
-        scale, offset = self._begin(stats, shape)
+        scale, offset = self._begin(stats, shape, stack)
         return WithLearnedInput(
             values,
             scale,
             offset,
             key,
-            core=tuple(values.shape[stack:]),
+            core=shape[stack:],
             bits=self.bits,
             rule=self.rule,
             signed=self.negative,
@@ -217,6 +217,7 @@ def renew_keys(tree: Any, key: jax.Array) -> Any:
       >>> bool(again["w"].key == latents["w"].key)
       False
     """
+    check_key(key, "renew_keys")
     leaves, unflatten = flatten(tree)
     values = []
     for p in leaves:

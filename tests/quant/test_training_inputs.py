@@ -130,6 +130,52 @@ def test_the_first_grid_comes_from_statistics():
             assert bits(again["w"].scale) == bits(changed["w"].scale)
 
 
+def branches(p, x):
+    return lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: x @ p["c"], x)
+
+
+UNHIT = {
+    "static": (quant.Input(bits=8, per="static"), "per='row'"),
+    "histogram": (quant.Input(bits=8, per="static", observer=quant.MSE()), "per='row'"),
+    "chained": (chain(quant.Int(bits=8), quant.Input(bits=8, per="static")), "per='row'"),
+    "pact": (quant.PACT(bits=4), "start="),
+    "learned": (quant.LearnedInput(bits=4), "start="),
+}
+
+
+@pytest.mark.parametrize("name", UNHIT)
+def test_a_layer_that_calibration_did_not_reach_is_named(name):
+    encoder, fix = UNHIT[name]
+    params, recipe = {"w": f32(W), "c": f32(W)}, [Rule("[wc]", encoder)]
+    stats = jom.calibrate(branches, params, [(np.abs(f32(X)),)], recipe)
+    for call in (jom.compress, jom.prepare):
+        with pytest.raises(ValueError, match=f"{call.__name__}: c: calibration did not .* {fix}"):
+            call(params, recipe, stats=stats)
+    both = jom.calibrate(branches, params, [(s * np.abs(f32(X)),) for s in (1, 0, -1)], recipe)
+    assert jom.compress(params, recipe, stats=both)["c"].scale > 0
+
+
+def test_a_member_of_a_stack_that_calibration_did_not_reach_is_named():
+    def experts(p, x):
+        return lax.cond(x.sum() > 0, lambda x: x @ p["v"][0], lambda x: x @ p["v"][1], x)
+
+    params, recipe = {"v": f32(np.stack([W, W]))}, [Rule("v", quant.PACT(bits=4), Axes(stack=1))]
+    stats = jom.calibrate(experts, params, [(np.abs(f32(X)),)], recipe)
+    with pytest.raises(ValueError, match=r"v: calibration did not reach 1 of its stack \(2,\)"):
+        jom.compress(params, recipe, stats=stats)
+    # Zeros that were seen are no reason to raise, and under jit nothing can be seen.
+    zeros = jom.calibrate(experts, params, [(0 * f32(X) + s,) for s in (0, 1)], recipe)
+    assert jom.compress(params, recipe, stats=zeros)["v"].scale.shape == (2,)
+    compiled = jax.jit(lambda stats: jom.compress(params, recipe, stats=stats)["v"].scale)
+    assert np.isfinite(compiled(stats)).all()
+
+
+def test_layers_one_after_another_need_data_too():
+    params, recipe = {"w": f32(W), "c": f32(W)}, [Rule("[wc]", quant.Input(8, per="static"))]
+    with pytest.raises(ValueError, match="sequential: c: calibration did not reach it"):
+        quant.sequential(branches, params, recipe, [(np.abs(f32(X)),)], correct=False)
+
+
 def test_a_static_grid_stays_around_what_is_trained():
     both = chain(quant.LSQ(bits=4), quant.Input(bits=8, per="static"))
     recipe, params = [Rule("w", both)], {"w": f32(W)}

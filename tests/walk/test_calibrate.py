@@ -278,6 +278,21 @@ def test_statistics_are_pytrees():
     assert len(twice.others) == 1
 
 
+def test_statistics_by_path_go_through_jit():
+    params, recipe = (
+        {"w": normal(6, 3), "b": normal(1, 3)},
+        [jom.Rule("w", quant.GPTQ(quant.Int(4)))],
+    )
+    stats = jom.calibrate(lambda p, x: x @ p["w"] + p["b"], params, [(normal(9, 6),)], recipe)
+    small = jax.jit(lambda p, s: jom.compress(p, recipe, stats=s))(params, stats)
+    want = jom.compress(params, recipe, stats=stats)
+    np.testing.assert_array_equal(small["w"].integers(), want["w"].integers())
+    same = jax.tree.map(lambda x: x, stats)
+    assert type(same) is type(stats)
+    assert str(same) == str(stats)
+    assert same.missing == stats.missing
+
+
 def test_a_rule_that_is_not_entrywise_hides_axes():
     @jax.custom_jvp
     def turned(w):
