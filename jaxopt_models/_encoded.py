@@ -121,6 +121,11 @@ class Encoded:
                 bits[key] = bits.get(key, 0) + n
         return bits
 
+    def lost(self) -> str:
+        """Says what of a tensor just encoded its parts cannot hold, as far as that can be seen."""
+        inner = (p.lost() for p in self.parts().values() if isinstance(p, Encoded))
+        return next(filter(None, inner), "")
+
     def kind(self) -> str:
         """Returns the nesting in words, for instance ``"Masked(Clustered)"``."""
         inner = [p.kind() for p in self.parts().values() if isinstance(p, Encoded)]

@@ -145,7 +145,7 @@ class Encoder(Brief):
         if keep is not None:
             check_keep(keep, w.shape)
             w = jnp.where(keep, w, jnp.zeros((), w.dtype))
-        return self.run(jnp.asarray(w), axes, keep, stats, key)
+        return _held(self.run(jnp.asarray(w), axes, keep, stats, key))
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Runs :meth:`encode` over the stack axes, compiled once for each shape."""
@@ -191,7 +191,14 @@ class Encoder(Brief):
             )
         if keep is not None:
             raise ValueError("a prepared parameter keeps the mask it has; give keep= to prepare")
-        return old.ship()
+        return _held(old.ship())
+
+
+def _held(leaf: Encoded) -> Encoded:
+    """Returns a leaf, or raises if its parts cannot hold what was encoded."""
+    if why := leaf.lost():
+        raise ValueError(why)
+    return leaf
 
 
 def masked(keep: jax.Array, values: Any, stack: int) -> Masked:

@@ -83,6 +83,7 @@ class Float(Tabled):
       observer: see there.
 
     Raises:
+      TypeError: if the kind is no `str`.
       ValueError: for another kind, and for what :class:`Format` raises.
 
     Example:
@@ -100,6 +101,11 @@ class Float(Tabled):
     kind: Literal["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise TypeError(
+                f"{type(self).__name__}: kind={self.kind!r} is no str; give one of "
+                f"{', '.join(FLOATS)}"
+            )
         if self.kind not in FLOATS:
             raise ValueError(f"Float: kind={self.kind!r} is none of {', '.join(FLOATS)}")
         super().__post_init__()

@@ -15,7 +15,7 @@ from .._encoder import Encoder
 from .._options import whole
 from ._grid import Grid, positive, power_of_two
 from ._observers import MinMax, Observer
-from ._rows import by_column
+from ._rows import by_column, check_stats
 
 _SCALES = ("float32", "bfloat16", "float16", "power_of_two")
 
@@ -36,7 +36,8 @@ class Format(Encoder):
       group: number of consecutive inputs that share a grid; ``None`` for all.
       block: number of consecutive outputs (of the last output axis) that share a grid.
       scale: how scales are kept: ``"float32"``, ``"bfloat16"``, ``"float16"``,
-        ``"power_of_two"`` (8 bits each), or a format in which they are encoded themselves.
+        ``"power_of_two"`` (8 bits each), or a format in which they are encoded themselves. Scales
+        that 16 bits cannot hold raise; under `jit` they become the nearest that these can.
       observer: how the range of a grid is chosen.
     """
 
@@ -163,6 +164,12 @@ class Format(Encoder):
             weight = kept if weight is None else jnp.where(kept, weight, 0)
         return None if weight is None else self.runs(weight, m)
 
+    def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
+        """Checks the statistics, where the observer wants some, and encodes."""
+        if self.observer.needs:
+            check_stats(stats, axes, w.shape, type(self).__name__)
+        return super().run(w, axes, keep, stats, key)
+
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Encodes one core tensor: the nearest value on the grid of its run."""
         m = self.matrix(w, axes)
@@ -206,7 +213,11 @@ class Format(Encoder):
             least = 1.0 if self.has_zero else float(jnp.finfo(scale.dtype).tiny)
             return power_of_two(jnp.where(some, scale, least), up=True)
         if self.scale != "float32":
-            scale = scale.astype(self.scale).astype(scale.dtype)
+            kept, real = jnp.finfo(self.scale), scale.dtype
+            # What is beyond the type becomes its end: see :meth:`Grouped.lost`.
+            scale = jnp.minimum(scale, jnp.array(kept.max, real)).astype(self.scale).astype(real)
+            least = jnp.array(max(kept.smallest_subnormal, jnp.finfo(real).tiny), real)
+            scale = jnp.where(some, jnp.maximum(scale, least), scale)
         return positive(scale) if self.has_zero else jnp.where(some, scale, 0)
 
     def pack_scale(self, scale: jax.Array, m: Matrix) -> Any:

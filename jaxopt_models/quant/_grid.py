@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Grid(NamedTuple):
@@ -56,7 +57,39 @@ def steady(mean: jax.Array) -> jax.Array:
     if mean.dtype != jnp.float32:
         return mean
     bits = jax.lax.bitcast_convert_type(mean, jnp.uint32) + jnp.uint32(0x80)
-    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFFF00), jnp.float32)
+    found = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFFF00), jnp.float32)
+    return bounded(found)
+
+
+def bounded(x: jax.Array) -> jax.Array:
+    """Returns a positive number, the largest with 16 significant bits for what is beyond it."""
+    top = 0x7F7FFF00 if x.dtype == jnp.float32 else None
+    most = np.uint32(top).view(np.float32) if top else jnp.finfo(x.dtype).max
+    return jnp.minimum(x, jnp.array(most, x.dtype))
+
+
+def mean(size: jax.Array, count: jax.Array, block: int) -> jax.Array:
+    """Returns means of magnitudes along runs, also where the sums are beyond finite numbers.
+
+    Args:
+      size: magnitudes `[groups, run, columns]`, zero where they do not count.
+      count: how many do, `[groups, columns]`.
+      block: of how many columns a run was made. The mean of more than one is the largest number
+        where the sum is beyond it: XLA would add them up in another order if there were two sums.
+
+    Returns:
+      `[groups, columns]`.
+    """
+    plain = jnp.sum(size, axis=-2) / count
+    if block > 1:
+        return bounded(plain)
+    unit = large(size.dtype)
+    return jnp.where(jnp.isfinite(plain), plain, jnp.sum(size / unit, axis=-2) / count * unit)
+
+
+def large(dtype: Any) -> jax.Array:
+    """Returns a power of two beyond which sums and squares may not be finite."""
+    return jnp.array(2.0 ** (jnp.finfo(dtype).maxexp // 2), dtype)
 
 
 def power_of_two(scale: jax.Array, *, up: bool) -> jax.Array:

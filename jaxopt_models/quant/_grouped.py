@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._axes import Matrix
-from .._bits import wide_dtype
+from .._bits import is_concrete, wide_dtype
 from .._coded import Coded
 from .._encoded import is_encoded
 
@@ -53,6 +53,28 @@ class Grouped(Coded):
         runs = jnp.broadcast_to(columns, (groups, m.rows // groups, m.columns))
         return m.unview(runs.reshape(m.rows, m.columns))
 
+    def lost(self) -> str:
+        """Says that scales are beyond their type, where they can be seen."""
+        scale = self.scale
+        if is_encoded(scale) or scale.dtype not in (jnp.float16, jnp.bfloat16):
+            return super().lost()
+        if not all(map(is_concrete, jax.tree.leaves(self))):
+            return ""
+        over, under = map(int, _beyond(self))
+        if over:
+            better = "'bfloat16' or 'float32'" if scale.dtype == jnp.float16 else "'float32'"
+            top = float(jnp.finfo(scale.dtype).max)
+            return (
+                f"{over} of {scale.size} scales are beyond {top:.5g}, the largest {scale.dtype}; "
+                f"give scale={better}"
+            )
+        if under:
+            return (
+                f"all scales are below {_coarse(scale.dtype):.1g}, where {scale.dtype} has few "
+                "digits or none; give scale='bfloat16' or 'float32'"
+            )
+        return ""
+
     def _last_spec(self, core: list[Any], local: tuple[int, ...]) -> Any:
         inner = [a for a in range(len(self.core)) if a not in self.out]
         divided = [a for a in inner if core[a] is not None]
@@ -72,3 +94,25 @@ class Grouped(Coded):
         return (
             [f"{groups} groups do not divide {rows} inputs"] if not groups or rows % groups else []
         )
+
+
+def _coarse(dtype: Any) -> float:
+    """Returns the scale below which `float16` has fewer than 7 significant bits; else 0."""
+    return float(jnp.finfo(dtype).tiny) / 16 if dtype == jnp.float16 else 0.0
+
+
+@jax.jit
+def _beyond(leaf: Grouped) -> tuple[jax.Array, jax.Array]:
+    """Counts scales at the end of their type, and tensors of which all scales are too small."""
+
+    def small(leaf: Grouped) -> jax.Array:
+        scale = leaf.scales()
+        tiny = (scale > 0) & (scale < _coarse(leaf.scale.dtype))
+        # Runs of zeros have a scale, too, which says nothing.
+        large = (leaf.spread(scale) >= _coarse(leaf.scale.dtype)) & (leaf.rebuild() != 0)
+        return jnp.any(tiny) & ~jnp.any(large)
+
+    for _ in leaf.stack:
+        small = jax.vmap(small)
+    over = leaf.scale >= jnp.finfo(leaf.scale.dtype).max
+    return jnp.sum(over), jnp.sum(small(leaf))

@@ -13,7 +13,7 @@ from .._axes import Matrix
 from .._bits import wide_dtype
 from .._encoded import Encoded
 from ._format import Format
-from ._grid import Grid, quotient, steady
+from ._grid import Grid, bounded, mean, quotient, steady
 from ._int import Int
 from ._observers import Bounds, Observer, Rounding, whole_range
 
@@ -43,8 +43,8 @@ class MeanAbs(Observer):
         kept = jnp.ones((), bool) if weight is None else weight > 0
         size = jnp.where(kept, jnp.abs(x), 0)
         count = jnp.sum(jnp.broadcast_to(kept, x.shape), axis=-2)
-        mean = steady(jnp.sum(size, axis=-2) / jnp.maximum(count, 1))
-        top = 2 * mean * math.sqrt(max(1, fmt.magnitudes - 1))
+        middle = steady(mean(size, jnp.maximum(count, 1), fmt.block))
+        top = bounded(2 * middle * math.sqrt(max(1, fmt.magnitudes - 1)))
         if getattr(fmt, "symmetric", True):
             return -top, top
         low, high = whole_range(x)
@@ -54,8 +54,8 @@ class MeanAbs(Observer):
         """Chooses the range by the histogram seen."""
         edges, counts = seen.edges, seen.counts
         middle = jnp.abs(edges[:-1] + edges[1:]) / 2
-        mean = jnp.sum(middle * counts) / jnp.maximum(jnp.sum(counts), 1)
-        top = 2 * mean * math.sqrt(max(1, levels - 1))
+        average = jnp.sum(middle * counts) / jnp.maximum(jnp.sum(counts), 1)
+        top = 2 * average * math.sqrt(max(1, levels - 1))
         low = jnp.min(jnp.where(counts > 0, edges[:-1], 0))
         return jnp.maximum(low, -top), top
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._options import number
+from ._grid import bounded, large, quotient
 from ._observers import Bounds, Observer, Rounding
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ class RMS(Observer):
         weight = jnp.ones((), x.dtype) if weight is None else weight.astype(x.dtype)
         weight = jnp.broadcast_to(weight, x.shape)
         total = jnp.sum(weight, axis=-2)
-        # Squares of very small and very large numbers are beyond those of float32.
+        # Squares of very small and very large numbers are beyond those of float32, and so are
+        # the reciprocals of the largest.
         top = jnp.max(jnp.where(weight > 0, jnp.abs(x), 0), axis=-2)
-        part = x / jnp.where(top > 0, top, 1)[..., None, :]
+        most = jnp.where(top > 0, top, 1)[..., None, :]
+        part = jnp.where(most > large(x.dtype), quotient(x, most), x / most)
         mean = jnp.sum(weight * part * part, axis=-2) / jnp.where(total > 0, total, 1)
-        high = top * jnp.sqrt(mean) * self._times(fmt)
+        high = bounded(top * jnp.sqrt(mean) * self._times(fmt))
         return -high, high
 
     def _times(self, fmt: Format) -> float:

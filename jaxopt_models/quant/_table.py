@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from typing import Any
 
 import jax
@@ -14,8 +12,9 @@ from .._axes import Matrix
 from .._options import flag
 from ._float import Tabled
 from ._format import Format
-from ._grid import Grid, steady
+from ._grid import Grid, mean, steady
 from ._quantized import Quantized
+from ._tables import ascending
 
 _NF4 = (
     -1.0,
@@ -42,7 +41,7 @@ class Table(Tabled):
     """Rounds a tensor to the values of a table, with a scale for each channel or group.
 
     Args:
-      entries: 2 to 256 different finite values, ascending.
+      entries: 2 to 256 different finite values, ascending, which are kept as `float32`.
       per: see :class:`Format`, as are ``group``, ``block``, ``scale``, ``observer``.
       group: see there.
       block: see there.
@@ -51,7 +50,7 @@ class Table(Tabled):
 
     Raises:
       TypeError: if the values are no numbers.
-      ValueError: if there are too few or many, they are not ascending, or all are zero.
+      ValueError: if there are too few or many, or as `float32` they are not ascending.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,14 +64,18 @@ class Table(Tabled):
 
     def __post_init__(self) -> None:
         try:
+            if isinstance(self.entries, (str, bytes)):
+                raise TypeError
             entries = tuple(float(v) for v in self.entries)
         except (TypeError, ValueError):
-            raise TypeError(f"Table: entries={self.entries!r} are no numbers") from None
+            raise TypeError(
+                f"Table: entries={self.entries!r} are no numbers; give a tuple of them"
+            ) from None
         object.__setattr__(self, "entries", entries)
-        rising = all(a < b for a, b in itertools.pairwise(entries))
-        if not (2 <= len(entries) <= 256 and rising and all(map(math.isfinite, entries))):
+        if not ascending(entries):
             raise ValueError(
-                f"Table: entries={entries!r} must be 2 to 256 finite values, ascending"
+                f"Table: entries={entries!r} must be 2 to 256 finite values, ascending, as "
+                "float32 (nothing but zero below 1.2e-38)"
             )
         super().__post_init__()
 
@@ -181,8 +184,8 @@ class Binary(Tabled):
         """Averages the magnitudes of the kept entries."""
         kept = jnp.ones(x.shape, x.dtype) if weight is None else (weight > 0).astype(x.dtype)
         count = jnp.maximum(jnp.sum(kept, axis=-2), 1)
-        mean = steady(jnp.sum(jnp.abs(x) * kept, axis=-2) / count)
-        return Grid(self.kept_scale(jnp.ones_like(mean) if self.unit else mean))
+        scale = steady(mean(jnp.abs(x) * kept, count, self.block))
+        return Grid(self.kept_scale(jnp.ones_like(scale) if self.unit else scale))
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Returns the signs: 0 for minus, 1 for plus."""
@@ -228,10 +231,14 @@ class Ternary(Format):
         size = jnp.abs(x)
         kept = jnp.ones(x.shape, bool) if weight is None else jnp.broadcast_to(weight > 0, x.shape)
         count = jnp.maximum(jnp.sum(kept, axis=-2), 1)
-        threshold = 0.7 * jnp.sum(jnp.where(kept, size, 0), axis=-2) / count
+        inside = jnp.where(kept, size, 0)
+        threshold = 0.7 * jnp.sum(inside, axis=-2) / count
+        threshold = jnp.where(
+            jnp.isfinite(threshold), threshold, 0.7 * mean(inside, count, self.block)
+        )
         large = kept & (size > threshold[..., None, :])
-        total = jnp.sum(jnp.where(large, size, 0), axis=-2)
-        scale = steady(total / jnp.maximum(jnp.sum(large, axis=-2), 1))
+        count = jnp.maximum(jnp.sum(large, axis=-2), 1)
+        scale = steady(mean(jnp.where(large, size, 0), count, self.block))
         return Grid(self.kept_scale(scale), threshold=threshold)
 
     def codes(self, x: jax.Array, grid: Grid) -> jax.Array:

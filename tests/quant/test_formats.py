@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxopt_models import Axes, chain, partition, prune, quant
+from jaxopt_models import Axes, Rule, chain, compress, partition, prune, quant
 from jaxopt_models.quant import MSE, MX, NF4, NVFP4, Binary, Float, Int, Table, Ternary
 
 FEW = settings(max_examples=25, deadline=None)
@@ -105,7 +105,12 @@ def test_a_users_table_spans_the_range_on_the_sides_it_has():
     np.testing.assert_array_equal(lopsided.materialize().ravel(), [4.0, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("entries", [(1.0,), (0.0, 0.0), (1.0, 0.0), (0.0, np.inf), range(257)])
+TABLES = [(1.0,), (0.0, 0.0), (1.0, 0.0), (0.0, np.inf), range(257)]
+# What float32 cannot hold, or tell apart.
+TABLES += [(-1e300, 1e300), (-1e-45, 1e-45), (0.0, 1e-45, 1.0), (1.0, 1 + 1e-12)]
+
+
+@pytest.mark.parametrize("entries", TABLES)
 def test_a_table_is_ascending_and_finite(entries):
     with pytest.raises(ValueError, match="ascending"):
         Table(tuple(entries))
@@ -114,6 +119,8 @@ def test_a_table_is_ascending_and_finite(entries):
 def test_a_table_holds_numbers():
     with pytest.raises(TypeError, match="no numbers"):
         Table(("a", "b"))
+    with pytest.raises(TypeError, match="entries='12' are no numbers; give a tuple"):
+        Table("12")
 
 
 def test_binary_keeps_signs_and_the_mean_of_what_is_kept():
@@ -168,6 +175,42 @@ def test_scales_are_kept_in_the_type_that_is_asked_for(scale, width):
     # The codes are those of the scale that is kept.
     spread = np.repeat(np.asarray(small.scale, np.float32).T, 16, 0)
     np.testing.assert_array_equal(small.integers(), np.clip(np.round(w / spread), -7, 7))
+
+
+HALVES = [Int(4, scale="float16"), NF4(group=4, scale="float16"), Binary(scale="float16")]
+HALVES += [quant.LSQ(4, scale="float16"), quant.Ternary(scale="float16")]
+HALVES += [NF4(group=4, scale=Int(8, scale="float16"))]
+
+
+@pytest.mark.parametrize("encoder", HALVES, ids=repr)
+def test_scales_that_float16_cannot_hold_raise(encoder):
+    rule, fix = [Rule("w", encoder)], "give scale='bfloat16' or 'float32'"
+    large = jnp.linspace(-6e7, 6e7, 32).reshape(8, 4)
+    encode = jax.jit(lambda w: compress({"w": w}, rule)["w"].materialize())
+    with pytest.raises(ValueError, match=f"w: .* scales are beyond 65504, .* float16; {fix}"):
+        compress({"w": large}, rule)
+    assert np.isfinite(encode(large)).all()
+    small = jnp.asarray(1e-7 * normal(8, 4))
+    with pytest.raises(ValueError, match=f"w: all scales are below 4e-06, .*; {fix}"):
+        compress({"w": small}, rule)
+    assert np.isfinite(encode(small)).all()
+    # Outputs that are dead beside others that are not, or quite zero, are no reason to raise.
+    usual = jnp.asarray(normal(8, 4)).at[:, 0].set(1e-9).at[:, 1].set(0)
+    assert np.isfinite(compress({"w": usual}, rule)["w"].materialize()).all()
+
+
+WIDE = [Binary(), quant.Ternary(), quant.Normal(4), quant.LSQ(4), quant.LSQ(4, symmetric=False)]
+
+
+@pytest.mark.parametrize("encoder", WIDE, ids=repr)
+def test_weights_near_the_largest_float(encoder):
+    w = np.float32([[3e38], [-3e38], [1e38], [2e38]])
+    found = np.asarray(encoder(jnp.asarray(w)).materialize(), np.float64)
+    small = np.asarray(encoder(jnp.asarray(w) / 2.0**100).materialize(), np.float64) * 2.0**100
+    if encoder in (quant.Normal(4), quant.LSQ(4)):  # their range ends at the largest float
+        np.testing.assert_allclose(found, w, atol=4.1e37)
+    else:
+        np.testing.assert_allclose(found, small, rtol=1e-4)
 
 
 def test_scales_may_be_encoded_themselves():
@@ -226,6 +269,8 @@ def test_options_are_refused_by_name(options, error, match):
 def test_kinds_of_floats_are_refused_by_name():
     with pytest.raises(ValueError, match="kind='e8m0' is none of e4m3"):
         Float("e8m0")
+    with pytest.raises(TypeError, match=r"kind=\['e4m3'\] is no str; give one of e4m3"):
+        Float(["e4m3"])
 
 
 def test_encoders_print_as_they_are_typed():
