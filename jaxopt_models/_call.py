@@ -63,6 +63,16 @@ def on_data(params: Any, args: Any, who: str) -> tuple[Frame, list[Any]]:
     return frame, arrays
 
 
+def check_args(args: Any, who: str) -> tuple[Any, ...]:
+    """Returns the option ``args``, the tuple of the arguments after the parameters."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            f"{who}: args is {type(args).__name__}; give the tuple of the arguments after params: "
+            "args=(x,)"
+        )
+    return tuple(args)
+
+
 def check_batch(batch: Any, who: str) -> tuple[Any, ...]:
     """Returns a batch, the tuple of the arguments after the parameters."""
     if not isinstance(batch, tuple):

@@ -18,6 +18,7 @@ from ._nodes import Graph as Graph
 from ._nodes import Node as Node
 from ._nodes import Value as Value
 from ._rewrite import Traced as Traced
+from ._rewrite import check_finite as check_finite
 from ._rewrite import finished as finished
 from ._rewrite import like as like
 from ._rewrite import traced as traced

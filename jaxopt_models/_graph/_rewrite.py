@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from .._call import Program, check_function, name_of, on_data, trace
 from .._encoded import is_encoded
+from .._encoder import not_finite
 from .._paths import flatten
 from .._walk import Walk
 from ._nodes import Graph
@@ -75,6 +77,17 @@ def traced(fn: Callable[..., Any], params: Any, args: Sequence[Any], who: str) -
         return unflatten([new.get(p.path, p.value) for p in leaves])
 
     return Traced(fn, program, Graph(program, values), values, rebuild)
+
+
+def check_finite(t: Traced, paths: Iterable[str], who: str) -> None:
+    """Raises unless all parameters that a rewrite takes numbers from are finite."""
+    for path in dict.fromkeys(paths):
+        w = t.values[path]
+        if bad := int(not_finite(w)):
+            raise ValueError(
+                f"{who}: {path}: {bad} of {math.prod(w.shape)} entries are NaN or Inf; repair the "
+                "weights first (a diverged training run, or a mask applied as -inf)"
+            )
 
 
 def like(w: Any, new: np.ndarray) -> jax.Array:

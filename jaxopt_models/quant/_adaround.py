@@ -12,6 +12,7 @@ from jax import lax
 
 from .._options import number, portion, whole
 from ._format import Format
+from ._rows import check_matrix
 from ._solver import Solver, nearest_where_better, output_error
 
 # The sigmoid is stretched to this range and cut to [0, 1], so that it gets to both ends.
@@ -94,7 +95,6 @@ class AdaRound(Solver):
         return nearest_where_better(w, gram, self.format, grid, (codes, None), keep)
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "steps", "rate", "penalty", "warm"))
 def adaround(
     w: jax.Array,
     gram: jax.Array,
@@ -123,6 +123,9 @@ def adaround(
     Returns:
       Codes, `int32` `[rows, columns]`.
 
+    Raises:
+      ValueError: if the gram has another shape, or holds NaN or Inf.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxopt_models import quant
@@ -130,6 +133,25 @@ def adaround(
       >>> quant.adaround(w, gram, fmt, fmt.fit(w[None])).sum()    # a sum of 8 in place of 7.7
       Array(8, dtype=int32)
     """
+    check_matrix(w, gram, "adaround")
+    options = {"steps": steps, "rate": rate, "penalty": penalty, "warm": warm}
+    return _adaround(w, gram, fmt, grid, keep=keep, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "steps", "rate", "penalty", "warm"))
+def _adaround(
+    w: jax.Array,
+    gram: jax.Array,
+    fmt: Format,
+    grid: Any,
+    *,
+    steps: int,
+    rate: float,
+    penalty: float,
+    warm: float,
+    keep: jax.Array | None,
+) -> jax.Array:
+    """Does what :func:`adaround` says."""
     real = jnp.promote_types(w.dtype, gram.dtype)
     x, gram = w.astype(real), gram.astype(real)
     low, high, near = neighbours(w, fmt, grid)

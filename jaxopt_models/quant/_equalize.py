@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._call import name_of
-from .._graph import Chain, Links, finished, traced
+from .._graph import Chain, Links, check_finite, finished, traced
 from .._options import whole
 from ._smooth import chosen
 
@@ -51,7 +51,7 @@ def equalize(
     Raises:
       TypeError: if a parameter is compressed, or under a JAX transformation.
       ValueError: if ``iterations`` is less than one, a kernel of ``only`` has no layer before it
-        that can be scaled, or none has.
+        that can be scaled, or none has, or a parameter holds NaN or Inf.
       RuntimeError: if ``fn`` of the result is something else, beyond rounding.
 
     Example:
@@ -70,6 +70,7 @@ def equalize(
     t = traced(fn, params, args, "equalize")
     links = Links(t, absorbs=("product", "added"))
     chains = chosen(links, only, "equalize", name_of(fn), ("product", "lookup"))
+    check_finite(t, (m.path for c in chains for m in c.members), "equalize")
     new = {m.path: np.asarray(t.values[m.path], np.float64) for c in chains for m in c.members}
     for _ in range(iterations):
         moved = 0.0

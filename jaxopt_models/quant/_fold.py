@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 
 from .._call import name_of
-from .._graph import LINEAR, PRODUCTS, Chain, Links, Node, Traced, Value, finished, paths_of, traced
+from .._graph import (
+    LINEAR,
+    PRODUCTS,
+    Chain,
+    Links,
+    Node,
+    Traced,
+    Value,
+    check_finite,
+    finished,
+    paths_of,
+    traced,
+)
 from .._options import pattern
 from .._table import Table
 from .._tracked import is_tracked
@@ -134,7 +146,8 @@ def fold_batchnorm(fn: Callable[..., Any], params: Any, *args: Any, only: str | 
 
     Raises:
       TypeError: if a parameter is compressed, or under a JAX transformation.
-      ValueError: if there is no norm, or one of ``only``, or none that can be folded.
+      ValueError: if there is no norm, or one of ``only``, or none that can be folded, or if a
+        parameter holds NaN or Inf or a variance is negative.
       RuntimeError: if ``fn`` of the result is something else, beyond rounding.
 
     Example:
@@ -154,6 +167,8 @@ def fold_batchnorm(fn: Callable[..., Any], params: Any, *args: Any, only: str | 
     who = "fold_batchnorm"
     t = traced(fn, params, args, who)
     chosen = _chosen(foldings(t), only, name_of(fn))
+    members = [m.path for f in chosen if f.chain for m in f.chain.members]
+    check_finite(t, [*members, *(p for f in chosen for p in f.norm.paths)], who)
     new: dict[str, np.ndarray] = {}
     for f in chosen:
         new |= _folded(f, t.values | new)
@@ -183,6 +198,11 @@ def _folded(f: Folding, values: dict[str, Any]) -> dict[str, np.ndarray]:
     n, chain = f.norm, f.chain
     assert chain is not None and f.number is not None
     factor = n.factor(values).reshape(f.number.shape)
+    if not np.isfinite(factor).all():
+        raise ValueError(
+            f"fold_batchnorm: {n.var} holds {np.min(values[n.var]):.3g}, a variance that with "
+            f"epsilon {n.eps:.3g} is not positive; check the running statistics"
+        )
     scale = np.empty(chain.channels)
     scale[f.number] = factor
     mean = np.asarray(values[n.mean], np.float64)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._options import flag
+from .._options import flag, whole
 from ._format import Format
+from ._rows import check_matrix
 from ._solver import Solver, factor, nearest_where_better
 
 Order = Literal["activation"] | None
@@ -99,7 +100,6 @@ class GPTQ(Solver):
         return nearest_where_better(w, gram, self.format, grid, found, keep)
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "damp", "order", "block", "regroup"))
 def gptq(
     w: jax.Array,
     gram: jax.Array,
@@ -140,6 +140,10 @@ def gptq(
     Returns:
       Codes, `int32` `[rows, columns]`, and the grids they are of.
 
+    Raises:
+      TypeError: if ``block`` is no whole number.
+      ValueError: if the gram has another shape, or holds NaN or Inf, or ``block`` is below one.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxopt_models import quant
@@ -148,6 +152,27 @@ def gptq(
       >>> codes.ravel()      # the nearest are 0, 0, 7: a sum of 7 in place of 7.7
       Array([0, 1, 7], dtype=int32)
     """
+    check_matrix(w, gram, "gptq")
+    block = whole(block, "gptq: block", least=1)
+    options = {"damp": damp, "order": order, "block": block, "regroup": regroup}
+    return _gptq(w, gram, fmt, grid, keep=keep, weight=weight, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "damp", "order", "block", "regroup"))
+def _gptq(
+    w: jax.Array,
+    gram: jax.Array,
+    fmt: Format,
+    grid: Any,
+    *,
+    damp: float,
+    order: Order,
+    block: int,
+    keep: jax.Array | None,
+    regroup: bool,
+    weight: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """Does what :func:`gptq` says."""
     rows, columns = w.shape
     groups = len(jax.tree.leaves(grid)[0])
     run = rows // groups

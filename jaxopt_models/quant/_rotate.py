@@ -10,7 +10,18 @@ import jax
 import numpy as np
 
 from .._call import name_of
-from .._graph import SPACE_RULES, Chain, Links, Space, Spaces, Traced, finished, traced
+from .._compress import check_key
+from .._graph import (
+    SPACE_RULES,
+    Chain,
+    Links,
+    Space,
+    Spaces,
+    Traced,
+    check_finite,
+    finished,
+    traced,
+)
 from .._options import pattern
 from .._table import Table
 from ._rotated import block_of, paley
@@ -48,8 +59,10 @@ def rotate(
       New parameters: ``fn`` of them is what it was.
 
     Raises:
-      TypeError: if a parameter is compressed, or under a JAX transformation.
-      ValueError: if vectors of ``only`` cannot be rotated, or none can.
+      TypeError: if a parameter is compressed, or under a JAX transformation, or for a key that is
+        none.
+      ValueError: if vectors of ``only`` cannot be rotated, or none can, or a parameter of them
+        holds NaN or Inf.
       RuntimeError: if ``fn`` of the result is something else, beyond rounding.
 
     Example:
@@ -66,9 +79,13 @@ def rotate(
       Liu et al., `SpinQuant: LLM Quantization with Learned Rotations
       <https://arxiv.org/abs/2405.16406>`_, 2024
     """
+    check_key(key, "rotate")
+    if key is None:
+        raise TypeError("rotate: key=None is no random key; give jax.random.key(0)")
     t = traced(fn, params, args, "rotate")
     found = turning(t)
     chosen = _chosen(found, only, name_of(fn))
+    check_finite(t, (path for v in chosen for path, _ in v.members), "rotate")
     new: dict[str, np.ndarray] = {}
     for path in dict.fromkeys(p for v in chosen for p in sorted(v.space.needs)):
         new |= _absorbed(found.scales[path], path, t.values | new)

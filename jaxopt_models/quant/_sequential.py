@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,8 +16,8 @@ import jax.numpy as jnp
 from .. import artifact
 from .._axes import Axes
 from .._calibrate import Stats
-from .._call import check_batches, check_function
-from .._compress import encode
+from .._call import check_batches, check_function, on_data, take_apart, trace
+from .._compress import check_key, encode
 from .._encoded import Encoded, is_encoded
 from .._options import flag, pattern, whole
 from .._paths import Parameter, flatten
@@ -74,13 +76,13 @@ def sequential(
       gram_rows: see :func:`jaxopt_models.calibrate`.
       progress: show a bar, a step for each stage.
       resume: folder in which each finished parameter is saved; a run that was stopped goes on from
-        there when it is called again, and gives the same bits.
+        there when it is called again with the same function, and gives the same bits.
 
     Returns:
       The compressed tree, as :func:`jaxopt_models.compress` gives it.
 
     Raises:
-      TypeError: if a batch is no tuple, or an option has another type.
+      TypeError: if a batch is no tuple, an option has another type, or under a JAX transformation.
       ValueError: for what :func:`jaxopt_models.calibrate` and :func:`jaxopt_models.compress` raise;
         if ``resume`` holds another run; with ``correct``, if inputs are inside a ``while`` loop or
         ``shard_map``.
@@ -107,11 +109,13 @@ def sequential(
     gram_rows = whole(gram_rows, "sequential: gram_rows", least=0)
     same = None if group is None else pattern(group, "sequential: group")
     flag(correct, "sequential: correct")
+    check_key(key, "sequential")
     batches = check_batches(batches, "sequential")
+    on_data(params, batches, "sequential")
     leaves, unflatten = flatten(params)
     decisions = decide(leaves, recipe, who="sequential")
     options = {"correct": str(correct), "group": str(group), "gram_rows": str(gram_rows)}
-    store = _Store(resume, params, decisions, batches, key, options)
+    store = _Store(resume, fn, params, decisions, batches, key, options)
     model = _Model(decisions, store, key)
     if model.needs:
         compiled, stacked = Compiled(correct, gram_rows), model.stacked()
@@ -231,12 +235,13 @@ class _Store:
 
     Args:
       folder: where; ``None`` for nowhere.
-      params, decisions, batches, key, options: what makes a run this run.
+      fn, params, decisions, batches, key, options: what makes a run this run.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str] | None,
+        fn: Callable[..., Any],
         params: Any,
         decisions: Sequence[Decision],
         batches: Any,
@@ -248,7 +253,8 @@ class _Store:
             return
         self.numbers = {d.parameter.path: i for i, d in enumerate(decisions)}
         rules = [(d.parameter.path, d.encoder, d.rule and d.rule.axes) for d in decisions]
-        run = {"params": digest(params), "batches": digest(batches), "recipe": repr(rules)}
+        run = {"function": _printed(fn, params, batches[0])}
+        run |= {"params": digest(params), "batches": digest(batches), "recipe": repr(rules)}
         claim(self.folder, {**run, "key": digest(key), **options}, "resume")
 
     def save(self, unit: Unit, leaf: Encoded) -> None:
@@ -266,6 +272,14 @@ class _Store:
         assert self.folder is not None
         layer = "" if unit.layer is None else f"_{unit.layer}"
         return self.folder / f"{self.numbers[unit.path]:06d}{layer}.jom"
+
+
+def _printed(fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> str:
+    """Returns a checksum of the program of a function, the same in every process."""
+    frame, arrays = take_apart(params, batch, {})
+    program = trace(fn, frame, arrays, who="sequential", every=True)
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(program.jaxpr))
+    return f"{zlib.crc32(text.encode()):08x} {digest(program.consts)}"
 
 
 def _strangers(cls: type[Encoded]) -> list[type[Encoded]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from .._axes import Matrix
-from .._call import name_of
-from .._graph import Chain, Links, Member, finished, traced
+from .._call import check_args, name_of
+from .._graph import Chain, Links, Member, check_finite, finished, traced
 from .._options import pattern, portion
 
 
@@ -48,9 +48,10 @@ def smooth(
       New parameters: ``fn`` of them is what it was.
 
     Raises:
-      TypeError: if a parameter is compressed, or under a JAX transformation.
+      TypeError: if a parameter is compressed, under a JAX transformation, or if ``args`` is no
+        tuple.
       ValueError: if ``alpha`` is out of range, statistics are missing, a kernel of ``only``
-        cannot be smoothed, or none can.
+        cannot be smoothed, or none can, or a parameter holds NaN or Inf.
       RuntimeError: if ``fn`` of the result is something else, beyond rounding.
 
     Example:
@@ -68,10 +69,12 @@ def smooth(
       Language Models <https://arxiv.org/abs/2211.10438>`_, 2022
     """
     alpha = portion(alpha, "smooth: alpha", closed=True)
-    t = traced(fn, params, args, "smooth")
+    t = traced(fn, params, check_args(args, "smooth"), "smooth")
     links = Links(t)
     new: dict[str, np.ndarray] = {}
-    for chain in chosen(links, only, "smooth", name_of(fn)):
+    chains = chosen(links, only, "smooth", name_of(fn))
+    check_finite(t, (m.path for c in chains for m in c.members), "smooth")
+    for chain in chains:
         values = t.values | new
         lows = np.zeros(chain.channels)
         x, w = lows, lows

@@ -281,6 +281,42 @@ def test_what_does_not_fit_raises_with_the_path():
         jom.compress({"w": w}, [jom.Rule("w", encoder, jom.Axes(out=(0,)))], stats=stats)
 
 
+@pytest.mark.parametrize("solve", [quant.gptq, quant.adaround])
+def test_a_gram_that_does_not_fit_is_named(solve):
+    w, fmt = normal(12, 3), quant.Int(bits=4)
+    grid, name = fitted(fmt, w), solve.__name__
+    with pytest.raises(ValueError, match=rf"{name}: gram has shape \(11, 11\) for w of .*\(12, 3"):
+        solve(w, np.eye(11, dtype=np.float32), fmt, grid)
+    with pytest.raises(ValueError, match=f"{name}: gram holds NaN or Inf in 12 entries"):
+        solve(w, np.diag(np.full(12, np.nan, np.float32)), fmt, grid)
+    if solve is quant.gptq:
+        with pytest.raises(ValueError, match="gptq: block=0 must be at least 1"):
+            solve(w, np.eye(12, dtype=np.float32), fmt, grid, block=0)
+
+
+STRANGE = [quant.GPTQ(quant.Int(3)), quant.AWQ(quant.Int(3)), quant.Input(8, per="static")]
+STRANGE += [quant.Int(3, observer=quant.MSE(weighted=True)), quant.Hadamard(STRANGE[0])]
+
+
+@pytest.mark.parametrize("encoder", STRANGE, ids=repr)
+def test_statistics_of_another_parameter_are_refused(encoder):
+    params = {"a": normal(8, 4), "b": normal(16, 4), "v": normal(3, 8, 4)}
+
+    def fn(p, x):
+        first = x[:, :8]
+        return x @ p["b"], first @ p["a"], jax.lax.scan(lambda x, v: (x, x @ v), first, p["v"])[1]
+
+    stats = jom.calibrate(fn, params, [(normal(6, 16),)], ["gram", "l2", "minmax"])
+    recipe, key = [jom.Rule("a", encoder)], jax.random.key(0)
+    with pytest.raises(ValueError, match=r"a: .* of 16 inputs, it has 8; calibrate this model"):
+        jom.compress(params, recipe, stats={"a": stats["b"]}, key=key)
+    with pytest.raises(ValueError, match=r"a: .*stack=1\), its shape is \(8, 4\); calibrate this"):
+        jom.compress(params, recipe, stats={"a": stats["v"]}, key=key)
+    stacked = [jom.Rule("v", encoder, jom.Axes(stack=1))]
+    with pytest.raises(ValueError, match=r"v: .* of a stack \(\), it has \(3,\) .* this model"):
+        jom.compress(params, stacked, stats={"v": stats["a"]}, key=key)
+
+
 def test_options():
     with pytest.raises(TypeError, match="is no format"):
         quant.GPTQ(prune.Magnitude(sparsity=0.5))

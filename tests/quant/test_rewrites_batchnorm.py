@@ -110,6 +110,18 @@ def stacked(p, x):
     return lax.scan(layer, x, p)[0]
 
 
+def test_statistics_that_are_none_raise():
+    def fn(p, x):
+        return (x @ p["w"] - p["mean"]) * (jax.lax.rsqrt(p["var"] + 0.25) * p["g"])
+
+    params = {"w": jnp.eye(2), "mean": jnp.ones(2), "var": jnp.array([1.0, -0.5]), "g": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"fold_batchnorm: var holds -0.5, .* check the running"):
+        quant.fold_batchnorm(fn, params, jnp.ones(2))
+    params |= {"var": jnp.ones(2), "mean": jnp.array([jnp.nan, 0.0])}
+    with pytest.raises(ValueError, match="fold_batchnorm: mean: 1 of 2 entries are NaN or Inf"):
+        quant.fold_batchnorm(fn, params, jnp.ones(2))
+
+
 def test_a_scanned_stack():
     p = {"w": normal(3, 4, 4), "m": normal(3, 4), "v": np.abs(normal(3, 4)), "g": normal(3, 4)}
     x = normal(5, 4)

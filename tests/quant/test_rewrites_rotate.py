@@ -174,6 +174,17 @@ def test_what_is_not_rotated():
         quant.rotate(fn, params, IDS, key=KEY, only="tokes/.*")
 
 
+def test_weights_that_are_not_finite_and_what_is_no_key_raise():
+    def fn(p, x):
+        return x @ p["a"] @ p["b"]
+
+    params = {"a": jnp.eye(4).at[0, 0].set(jnp.inf), "b": jnp.eye(4)}
+    with pytest.raises(ValueError, match="rotate: a: 1 of 16 entries are NaN or Inf"):
+        quant.rotate(fn, params, jnp.ones(4), key=jax.random.key(0))
+    with pytest.raises(TypeError, match="rotate: key=0 is no random key; give jax"):
+        quant.rotate(fn, params, jnp.ones(4), key=0)
+
+
 def test_parts_that_see_single_channels():
     def fn(p, x, step):
         return step(x @ p["a"]) @ p["b"]

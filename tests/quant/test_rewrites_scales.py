@@ -223,6 +223,20 @@ def test_a_grid_for_the_whole_kernel_suffices():
     assert errors[1] < errors[0] / 2
 
 
+def test_weights_that_are_not_finite_and_arguments_that_are_no_tuple_raise():
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    params = {"a": jnp.eye(2).at[0, 0].set(jnp.nan), "b": jnp.eye(2)}
+    stats = jom.calibrate(fn, {"a": jnp.eye(2), "b": jnp.eye(2)}, [(jnp.ones(2),)])
+    with pytest.raises(ValueError, match="equalize: a: 1 of 4 entries are NaN or Inf"):
+        quant.equalize(fn, params, jnp.ones(2))
+    with pytest.raises(ValueError, match="smooth: a: 1 of 4 entries are NaN or Inf"):
+        quant.smooth(fn, params, stats=stats, args=(jnp.ones(2),))
+    with pytest.raises(TypeError, match=r"smooth: args is .*Array.*; give the tuple .*args=\(x,\)"):
+        quant.smooth(fn, params, stats=stats, args=jnp.ones(2))
+
+
 def test_relu6_does_not_commute():
     x, step = normal(2, 5, 5, 4), jax.nn.relu6
     fn = functools.partial(mobile, step=step)

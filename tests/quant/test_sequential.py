@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +192,30 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
         quant.sequential(mlp, params, [rule], batches, resume=tmp_path, correct=False)
 
 
+RESUMED = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jaxopt_models import Rule, quant
+params, x = {"a": np.eye(4, dtype="f"), "b": np.ones((4, 4), "f")}, np.eye(4, dtype="f")
+def run(folder, kind=jax.nn.relu, shift=np.eye(4, dtype="f")):
+    fn = lambda p, x: jax.nn.gelu(kind(x @ p["a"] + shift) @ p["b"])
+    recipe = [Rule("[ab]", quant.GPTQ(quant.Int(2)))]
+    quant.sequential(fn, params, recipe, [(x,)], resume=folder)
+"""
+
+
+def test_a_run_goes_on_in_another_process_and_with_the_same_function_only(tmp_path):
+    names = {}
+    exec(RESUMED, names)
+    names["run"](tmp_path)
+    times = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    assert len(times) == 3
+    subprocess.run([sys.executable, "-c", f"{RESUMED}\nrun({str(tmp_path)!r})"], check=True)
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == times
+    for other in ({"kind": jnp.tanh}, {"shift": np.ones((4, 4), "f")}):
+        with pytest.raises(ValueError, match="is of another run:\n  function: "):
+            names["run"](tmp_path, **other)
+
+
 def test_tied_masked_and_rounded_inputs():
     table, w = normal(16, 12, seed=1), normal(12, 12, seed=2)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (40, 3)))
@@ -228,6 +254,10 @@ def test_what_cannot_be_done_is_said():
         quant.sequential(mlp, params, RECIPE, [])
     with pytest.raises(TypeError, match="correct=1"):
         quant.sequential(mlp, params, RECIPE, batches, correct=1)
+    with pytest.raises(TypeError, match="sequential: key=0 is no random key; give jax"):
+        quant.sequential(mlp, params, RECIPE, batches, key=0)
+    with pytest.raises(TypeError, match="sequential runs on data: call it outside of jit"):
+        jax.jit(lambda p: quant.sequential(mlp, p, RECIPE, batches))(params)
     with pytest.raises(ValueError, match="sequential: group"):
         quant.sequential(mlp, params, RECIPE, batches, group="(")
     with pytest.raises(ValueError, match="sequential: rule 0"):
