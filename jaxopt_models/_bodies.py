@@ -19,6 +19,7 @@ from ._encoded import is_encoded
 from ._jaxpr import as_function, inner, is_literal, scan_counts, scope_of
 from ._latent import holds_latent
 from ._tracked import Hop, Origin, Step, Tracked, dense, is_tracked, origins_of, packed
+from .kernels._layout import unstacked
 
 
 def enter(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -135,8 +136,9 @@ def _slices(
     if not is_tracked(x):
         return x, lambda part: part
     hop = Hop(Step("loop", None, never), 0, shape, shape[1:])
-    value, inside = sliceable(x.value)
-    whole = "before the loop" if packed(x) and not packed(value) else ""
+    apart = unstacked(x.value) if is_encoded(x.value) and walk.kernels else None
+    value, inside = apart or sliceable(x.value)
+    whole = "before the loop" if packed(x) and not apart and not packed(value) else ""
     if whole and x.origins:
         walk.lose(x, f"it is rebuilt whole {whole}")
 

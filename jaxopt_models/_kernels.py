@@ -120,7 +120,9 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
             reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
             if not reason:
                 return kernel, ""
-            why = f"{kernel.name}: {reason}"
+            # A kernel for this very type knows best.
+            if kernel.leaf is not Encoded or why.startswith("no kernel"):
+                why = f"{kernel.name}: {reason}"
     return None, why
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._axes import Matrix
-from .._encoded import Encoded, leaf, static
+from .._encoded import Encoded, is_encoded, leaf, static
 
 #: Columns of a panel, inputs of a chunk, and inputs of a step: see `cpu.h`.
 PANEL, CHUNK, STEP = 64, 32, 4
@@ -123,6 +124,62 @@ class Packed(Encoded):
         return wrong
 
 
+@leaf
+class Layer(Packed):
+    """One tensor of a stack whose codes stay where they are.
+
+    Args:
+      codes: of the whole stack, `[layers, panels, chunks, 256 * bits]`.
+      scale: of this tensor, as is all else that is floating.
+      index: which tensor it is, `int32` `[]`.
+    """
+
+    index: jax.Array
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """None: it is one tensor."""
+        return ()
+
+    def rebuild(self) -> jax.Array:
+        """Rebuilds this tensor."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Packed)}
+        codes = jax.lax.dynamic_index_in_dim(self.codes, self.index, keepdims=False)
+        return Packed(**{**fields, "codes": codes}).rebuild()
+
+    def specs(self, spec: Any, local: tuple[int, ...]) -> None:
+        """Says that it is not divided: it lives inside a loop."""
+
+
+def unstacked(leaf: Any) -> tuple[Any, Callable[[Any], Any]] | None:
+    """Takes a stack apart so that a loop need not copy the codes of each of its tensors.
+
+    Args:
+      leaf: packed codes, or a leaf around them.
+
+    Returns:
+      What a loop runs over, and what makes one tensor of a slice of that; ``None`` for anything but
+      one stack axis around packed codes.
+    """
+    if type(leaf) is Packed and len(leaf.stack) == 1:
+        floating = {"scale": leaf.scale, "zero": leaf.zero, "sums": leaf.sums}
+        fixed = {n: getattr(leaf, n) for n in Packed.static_names}
+        index = jnp.arange(leaf.stack[0], dtype=jnp.int32)
+        return {**floating, "index": index}, lambda part: Layer(codes=leaf.codes, **part, **fixed)
+    if not leaf.around or not is_encoded(leaf.values):
+        return None
+    inside = unstacked(leaf.values)
+    if inside is None:
+        return None
+    parts, open_ = inside
+    rest = {n: p for n, p in leaf.parts().items() if n != "values"}
+
+    def opened(part: Any) -> Any:
+        return dataclasses.replace(leaf, values=open_(part["values"]), **part["rest"])
+
+    return {"values": parts, "rest": rest}, opened
+
+
 def shape_of(rows: int, columns: int, bits: int) -> tuple[int, int, int]:
     """Returns the shape of the packed codes of a matrix."""
     return -(-columns // PANEL), -(-rows // CHUNK), 4 * PANEL * bits
@@ -147,8 +204,8 @@ def pack(q: jax.Array, bits: int) -> jax.Array:
     q = q.reshape(panels, chunks, 8, 4 * PANEL)
     if bits == 3:
         low, top = _share(q & 3, 2), _share(q >> 2, 1)
-        return jnp.concatenate([low, top], axis=2).reshape(panels, chunks, -1)
-    return _share(q, bits).reshape(panels, chunks, -1)
+        return jnp.concatenate([low, top], axis=2).reshape(panels, chunks, 4 * PANEL * bits)
+    return _share(q, bits).reshape(panels, chunks, 4 * PANEL * bits)
 
 
 def _share(q: jax.Array, bits: int) -> jax.Array:

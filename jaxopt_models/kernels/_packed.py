@@ -12,7 +12,7 @@ import numpy as np
 from .._encoded import is_encoded
 from ..quant import WithInput
 from ..quant._with_input import grid
-from ._layout import Packed
+from ._layout import Layer, Packed
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -109,7 +109,9 @@ def prepared(
         return a if packed.stack else a[None]
 
     none = jnp.zeros((0, 0, 0, 0), jnp.float32)
-    codes, scale = layers(packed.codes), layers(packed.scale)
+    one = isinstance(packed, Layer)
+    codes = packed.codes if one else layers(packed.codes)
+    scale = layers(packed.scale)
     zero = none if packed.zero is None else layers(packed.zero)
     mode, bits, symmetric, limits, sums = "float", 8, True, jnp.zeros((0, 2), jnp.float32), none
     if isinstance(w, WithInput):
@@ -125,8 +127,8 @@ def prepared(
     options = Options(
         packed.matrix.columns, packed.bits, mode, bits, symmetric, activation, str(x.dtype)
     )
-    index = jnp.asarray(0 if index is None else index, jnp.int32)
-    return options, [codes, scale, zero, sums, bias, limits, index]
+    index = packed.index if one else 0 if index is None else index
+    return options, [codes, scale, zero, sums, bias, limits, jnp.asarray(index, jnp.int32)]
 
 
 def _whole(x: jax.Array, w: WithInput) -> tuple[jax.Array, jax.Array | None]:

@@ -26,7 +26,9 @@
 
 #define JOM_INLINE inline __attribute__((always_inline))
 // Before a loop over the parts of a tile, which has to go for these to stay in registers.
-#if defined(__clang__)
+#if JOM_PORTABLE
+#define JOM_UNROLL
+#elif defined(__clang__)
 #define JOM_UNROLL _Pragma("unroll")
 #else
 #define JOM_UNROLL _Pragma("GCC unroll 16")
@@ -211,47 +213,51 @@ JOM_INLINE Floats most(Floats a, Floats b) {
 
 #else
 
-struct Bytes { uint8_t v[64]; };
-struct Ints { int32_t v[kLanes]; };
-struct Floats { float v[kLanes]; };
+// Vectors of the compiler, which makes of them what the processor has.
+struct Bytes { uint8_t v __attribute__((vector_size(64))); };
+struct Ints { int32_t v __attribute__((vector_size(64))); };
+struct Floats { float v __attribute__((vector_size(64))); };
 
-#define JOM_EACH(T, n, expr)                   \
-  T r;                                         \
-  for (int i = 0; i < n; i++) r.v[i] = (expr); \
+JOM_INLINE Bytes load_bytes(const uint8_t* p) {
+  Bytes r;
+  std::memcpy(&r.v, p, 64);
   return r;
-JOM_INLINE Bytes load_bytes(const uint8_t* p) { JOM_EACH(Bytes, 64, p[i]) }
-JOM_INLINE void store_bytes(uint8_t* p, Bytes a) { std::memcpy(p, a.v, 64); }
-template <int N>
-JOM_INLINE Bytes bits_of(Bytes a, uint8_t mask) { JOM_EACH(Bytes, 64, (a.v[i] >> N) & mask) }
-template <int N>
-JOM_INLINE Bytes shift_up(Bytes a) { JOM_EACH(Bytes, 64, a.v[i] << N) }
-JOM_INLINE Bytes either(Bytes a, Bytes b) { JOM_EACH(Bytes, 64, a.v[i] | b.v[i]) }
-JOM_INLINE Ints ints(int32_t x) { JOM_EACH(Ints, kLanes, x) }
-JOM_INLINE Ints joined(Ints high, Ints low) {
-  JOM_EACH(Ints, kLanes, (int32_t)((uint32_t)high.v[i] << 8) + low.v[i])
 }
-JOM_INLINE Ints dot4(Ints acc, Bytes w, int32_t four) {
+JOM_INLINE void store_bytes(uint8_t* p, Bytes a) { std::memcpy(p, &a.v, 64); }
+template <int N>
+JOM_INLINE Bytes bits_of(Bytes a, uint8_t mask) { return {(a.v >> N) & mask}; }
+template <int N>
+JOM_INLINE Bytes shift_up(Bytes a) { return {a.v << N}; }
+JOM_INLINE Bytes either(Bytes a, Bytes b) { return {a.v | b.v}; }
+JOM_INLINE Ints ints(int32_t x) { return {Ints{}.v + x}; }
+JOM_INLINE Ints joined(Ints high, Ints low) { return {high.v * 256 + low.v}; }
+// A call, or tiles take minutes to compile.
+__attribute__((noinline)) inline void add_dot4(Ints& acc, const Bytes& w, int32_t four) {
   int8_t a[4];
   std::memcpy(a, &four, 4);
-  JOM_EACH(Ints, kLanes,
-           acc.v[i] + w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] +
-               w.v[4 * i + 3] * a[3])
+  for (int i = 0; i < kLanes; i++) {
+    acc.v[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] +
+                w.v[4 * i + 3] * a[3];
+  }
 }
-JOM_INLINE Floats floats(float x) { JOM_EACH(Floats, kLanes, x) }
-JOM_INLINE Floats to_floats(Ints a) { JOM_EACH(Floats, kLanes, (float)a.v[i]) }
-JOM_INLINE Floats load(const float* p) { JOM_EACH(Floats, kLanes, p[i]) }
-JOM_INLINE void store(float* p, Floats a) { std::memcpy(p, a.v, sizeof a.v); }
-JOM_INLINE Floats operator+(Floats a, Floats b) { JOM_EACH(Floats, kLanes, a.v[i] + b.v[i]) }
-JOM_INLINE Floats operator-(Floats a, Floats b) { JOM_EACH(Floats, kLanes, a.v[i] - b.v[i]) }
-JOM_INLINE Floats operator*(Floats a, Floats b) { JOM_EACH(Floats, kLanes, a.v[i] * b.v[i]) }
-JOM_INLINE Floats operator/(Floats a, Floats b) { JOM_EACH(Floats, kLanes, a.v[i] / b.v[i]) }
-JOM_INLINE Floats least(Floats a, Floats b) {
-  JOM_EACH(Floats, kLanes, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+JOM_INLINE Ints dot4(Ints acc, const Bytes& w, int32_t four) {
+  add_dot4(acc, w, four);
+  return acc;
 }
-JOM_INLINE Floats most(Floats a, Floats b) {
-  JOM_EACH(Floats, kLanes, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+JOM_INLINE Floats floats(float x) { return {Floats{}.v + x}; }
+JOM_INLINE Floats to_floats(Ints a) { return {__builtin_convertvector(a.v, decltype(Floats::v))}; }
+JOM_INLINE Floats load(const float* p) {
+  Floats r;
+  std::memcpy(&r.v, p, 64);
+  return r;
 }
-#undef JOM_EACH
+JOM_INLINE void store(float* p, Floats a) { std::memcpy(p, &a.v, 64); }
+JOM_INLINE Floats operator+(Floats a, Floats b) { return {a.v + b.v}; }
+JOM_INLINE Floats operator-(Floats a, Floats b) { return {a.v - b.v}; }
+JOM_INLINE Floats operator*(Floats a, Floats b) { return {a.v * b.v}; }
+JOM_INLINE Floats operator/(Floats a, Floats b) { return {a.v / b.v}; }
+JOM_INLINE Floats least(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
+JOM_INLINE Floats most(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 
 #endif
 

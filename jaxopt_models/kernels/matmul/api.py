@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -72,7 +73,7 @@ def matmul(
         options, operands = prepared(x, w, bias, index, activation)
         return _operation(found, options)(x, *operands)
 
-    given = (x.reshape(-1, m.rows), w, bias, index)
+    given = (x.reshape(math.prod(x.shape[:-1]), m.rows), w, bias, index)
     y = either(plain, compiled, given, implementation=implementation, who="matmul")
     return y.reshape(*x.shape[:-1], m.columns)
 

@@ -216,6 +216,8 @@ void rows(const Job& j, int64_t panel, int64_t row, int height) {
   // Accumulators of a tile fit the registers: 32 of 16 lanes, or 16 of 8.
 #if JOM_AVX512
   constexpr int one = 4, few = D == 1 ? 4 : 2, most = D == 1 ? 4 : 2;
+#elif JOM_PORTABLE
+  constexpr int one = 1, few = 1, most = 1;
 #else
   constexpr int one = D == 1 ? 4 : 2, few = 1, most = 1;
 #endif
