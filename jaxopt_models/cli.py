@@ -6,6 +6,7 @@
     compress CHECKPOINT RECIPE.json OUT [--dense bfloat16|float16] [--key N]
     inspect  FILE
     verify   FILE
+    kernels  [--clear]
     each:    [--json] [--quiet] [--debug]
 
 ``demo`` trains a small network on bundled images, prunes it, shares its weights, codes them
@@ -26,20 +27,23 @@ of encoders is a chain; ``--key`` seeds encoders that draw. ``--dense`` stores w
 encodes in two bytes an entry. An existing OUT is replaced only if it is an artifact.
 
 ``inspect`` says what an artifact holds, in bytes that add up to its length. ``verify`` checks
-every checksum and every law that a file can be held to.
+every checksum and every law that a file can be held to. ``kernels`` compiles the kernels for
+this machine, unless that is done, and says where they are or why there are none; ``--clear``
+removes them.
 
 Results go to standard output, as tables or with ``--json`` as one JSON object; progress and
 errors go to standard error. Without a terminal there are no control codes, and progress is log
 lines. ``--debug`` shows the traceback of an error.
 
-Exit codes: 0 done; 1 ``verify`` found the file damaged or unsound; 2 bad input or no room to
-work, with one line that says what; 130 interrupted; 141 the reader of the output went away.
+Exit codes: 0 done; 1 ``verify`` found the file damaged or unsound, or there are no kernels; 2 bad
+input or no room to work, with one line that says what; 130 interrupted; 141 the reader of the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -51,7 +55,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from . import artifact
+from . import artifact, kernels
 from ._checkpoint import read_checkpoint
 from ._compress import compress
 from ._interrupt import Interrupt, interruptible
@@ -135,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", _verify, "Check an artifact against every law it can be held to."),
     ):
         command(name, run, text).add_argument("file", metavar="FILE", help="an artifact")
+
+    built = command("kernels", _kernels, "Compile the kernels for this machine, and show them.")
+    built.add_argument("--clear", action="store_true", help="remove what was compiled instead")
     return parser
 
 
@@ -204,6 +211,21 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         _print("\n  ".join([f"{args.file}: {'not sound' if problems else 'sound'}", *problems]))
     return 1 if problems else 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    if args.clear:
+        removed = kernels.clear()
+        _print(json.dumps({"removed": removed}) if args.json else f"removed {removed} libraries")
+        return 0
+    found = kernels.status()
+    if args.json:
+        _print(json.dumps(dataclasses.asdict(found)))
+    elif found.path:
+        _print(f"kernels for {found.path}: {', '.join(found.names)}\n{found.file}")
+    else:
+        _print(f"no kernels, everything runs on XLA: {found.why}")
+    return 0 if found.path else 1
 
 
 def _read_recipe(path: str) -> list[Rule]:

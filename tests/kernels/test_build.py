@@ -1,0 +1,160 @@
+"""Compiling at first use: what is kept, what is refused, and life without a compiler."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxopt_models as jom
+from jaxopt_models import cli, kernels, quant
+from jaxopt_models.kernels import _build, _load
+from jaxopt_models.kernels.matmul import matmul
+
+HAVE = bool(kernels.status().path)
+needed = pytest.mark.skipif(not HAVE, reason=f"no kernels: {kernels.status().why}")
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """As in a process that has not looked for kernels yet."""
+    monkeypatch.setattr(_load, "_LOADED", {})
+    _build._key.cache_clear()
+    yield
+    _build._key.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, nothing_loaded, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def small():
+    w = np.random.default_rng(0).standard_normal((64, 40), np.float32)
+    return jom.compress({"w": jnp.asarray(w)}, [jom.Rule("w", quant.Int(bits=8))])
+
+
+def product(p, x):
+    return x @ p["w"]
+
+
+def test_without_a_compiler_all_runs_on_xla_and_says_so(no_compiler):
+    packed, x = jom.pack(small(), target="cpu"), jnp.ones((2, 64))
+    run = jom.accelerate(product)
+    np.testing.assert_allclose(run(packed, x), product(jom.materialize(packed), x), rtol=1e-5)
+    row = run.explain(packed, x)[0]
+    assert row["runs"] == "rebuilt"
+    assert "no C++ compiler" in row["note"] and "install one" in row["note"]
+    with pytest.raises(ValueError, match="there are no kernels: no C\\+\\+ compiler"):
+        matmul(x, packed["w"], implementation="cpu")
+
+
+def test_a_compiler_that_is_not_there_or_fails(monkeypatch, nothing_loaded, tmp_path):
+    monkeypatch.setenv("JAXOPT_MODELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert kernels.status().why == "the compiler CXX=no-such-compiler is not there"
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'x.cc:1: error: no room' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    _load.forget()
+    monkeypatch.setenv("CXX", str(broken))
+    assert "failed with 3: x.cc:1: error: no room" in kernels.status().why
+    assert os.listdir(tmp_path / "cache") == []  # nothing half built is left
+
+
+def test_turned_off(monkeypatch):
+    with kernels.forced("off"):
+        assert kernels.status().why == "kernels are turned off"
+        row = jom.accelerate(product).explain(jom.pack(small(), target="cpu"), jnp.ones((1, 64)))
+        assert "turned off" in row[0]["note"]
+    with pytest.raises(ValueError, match="'sse' is none of native"), kernels.forced("sse"):
+        pass
+    monkeypatch.setenv("JAXOPT_MODELS_KERNELS", "fast")
+    with pytest.raises(ValueError, match="JAXOPT_MODELS_KERNELS: 'fast'"):
+        kernels.status()
+
+
+@needed
+def test_a_library_of_another_interface_is_refused_before_jax_sees_it(monkeypatch):
+    file = kernels.status().file
+    monkeypatch.setattr(_build, "header_version", lambda: 7)
+    with pytest.raises(kernels.BuildError, match=r"built for version 0\.\d+ .* has 0\.007"):
+        _load.register("other", file)
+    assert float(jnp.ones(3).sum()) == 3  # and JAX goes on
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(100)])
+def test_a_broken_library_is_refused(tmp_path, content):
+    (tmp_path / "k.so").write_bytes(content)
+    with pytest.raises(kernels.BuildError, match="cannot be loaded"):
+        _load.register("broken", str(tmp_path / "k.so"))
+
+
+def test_where_it_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXOPT_MODELS_CACHE", str(tmp_path / "named"))
+    assert _build.cache_dir() == tmp_path / "named"
+    assert (tmp_path / "named").stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("JAXOPT_MODELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _build.cache_dir() == tmp_path / "jaxopt_models"
+    # A folder into which others may write holds no code of ours.
+    (tmp_path / "jaxopt_models").chmod(0o777)
+    assert _build.cache_dir().parent == pathlib.Path(_build.tempfile.gettempdir())
+
+
+@needed
+def test_the_key_knows_sources_compiler_and_flags(monkeypatch):
+    one = _build.library("native")
+    assert one == _build.library("native") != _build.library("portable")
+    monkeypatch.setattr(_build, "FLAGS", (*_build.FLAGS, "-DX"))
+    _build._key.cache_clear()
+    assert _build.library("native") != one
+    monkeypatch.undo()
+    _build._key.cache_clear()
+    assert _build.library("native") == one and str(one) == kernels.status().file
+
+
+@needed
+def test_processes_that_race_build_one_library(tmp_path):
+    code = "from jaxopt_models import kernels; print(kernels.status().file)"
+    # A compiler that only copies what was compiled before, slowly enough for a race.
+    fake = tmp_path / "c++"
+    fake.write_text(
+        '#!/bin/sh\nfor a; do last=$a; done\ncase " $* " in *" -shared "*) sleep 0.3; '
+        f'cp {kernels.status().file} "$last";; *) : > "$last";; esac\n'
+    )
+    fake.chmod(0o755)
+    env = {**os.environ, "CXX": str(fake), "JAXOPT_MODELS_CACHE": str(tmp_path / "cache")}
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    files = {child.communicate(timeout=120)[0].strip() for child in children}
+    [file] = files
+    assert os.listdir(tmp_path / "cache") == [os.path.basename(file)]
+
+
+@needed
+def test_the_command_line(capsys, monkeypatch, tmp_path):
+    assert cli.main(["kernels"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"kernels for {kernels.status().path}: matmul, conv")
+    assert cli.main(["kernels", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == kernels.status().file
+    monkeypatch.setenv("JAXOPT_MODELS_CACHE", str(tmp_path))
+    shutil.copy(kernels.status().file, tmp_path / "kernels-native-0.so")
+    (tmp_path / "other").write_text("stays")
+    assert cli.main(["kernels", "--clear"]) == 0
+    assert capsys.readouterr().out == "removed 1 libraries\n"
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_the_command_line_without_a_compiler(capsys, no_compiler):
+    assert cli.main(["kernels"]) == 1
+    assert "everything runs on XLA: no C++ compiler" in capsys.readouterr().out
