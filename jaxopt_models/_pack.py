@@ -13,8 +13,10 @@ from ._axes import Matrix
 from ._encoded import Encoded, Masked, is_encoded
 from .kernels._layout import CHUNK, WIDTHS, Packed, to_panels
 from .kernels._layout import pack as lay_out
+from .kernels.binary import layout as signs
 from .quant import Quantized, Tabulated, WithInput
 from .quant._tables import table_of
+from .quant._xnor import WithSign
 
 
 def pack(tree: Any, *, target: Literal["cpu"] | None = None) -> Any:
@@ -54,6 +56,8 @@ def pack(tree: Any, *, target: Literal["cpu"] | None = None) -> Any:
 def _packed(leaf: Encoded) -> Encoded:
     if why_not(leaf):
         return leaf
+    if isinstance(leaf, WithSign):
+        return signs.laid_out(leaf)
     if isinstance(leaf, WithInput):
         shifted = not leaf.symmetric
         return dataclasses.replace(leaf, values=_laid_out(leaf.values, shifted))
@@ -62,6 +66,8 @@ def _packed(leaf: Encoded) -> Encoded:
 
 def why_not(leaf: Any) -> str:
     """Says why a leaf has no layout, ``""`` if it has one."""
+    if isinstance(leaf, WithSign):
+        return signs.why_not(leaf)
     inner = leaf.values if isinstance(leaf, WithInput) else leaf
     if isinstance(inner, Packed):
         return "it is packed"

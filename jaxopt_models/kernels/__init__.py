@@ -4,6 +4,7 @@ Lay parameters out once with :func:`jaxopt_models.pack`, and :func:`jaxopt_model
 these where a program is compiled for a CPU. Without a C++ compiler everything runs on XLA.
 """
 
+from . import binary as binary
 from . import conv as conv
 from . import matmul as matmul
 from ._build import BuildError as BuildError

@@ -14,7 +14,7 @@ import jax
 from . import _build
 
 #: Kernels by the name of their symbol.
-HANDLERS = ("matmul", "conv")
+HANDLERS = ("matmul", "conv", "binary_matmul", "binary_conv")
 _LOCK = threading.RLock()
 _LOADED: dict[str, Loaded] = {}
 
@@ -34,6 +34,11 @@ class Loaded:
     path: str = ""
     why: str = ""
     file: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernels there are."""
+        return HANDLERS if self.path else ()
 
     def target(self, kernel: str) -> str:
         """Returns the name by which XLA knows a kernel."""

@@ -103,7 +103,7 @@ class WithSign(Reader):
 @jax.custom_jvp
 def _sign(x: jax.Array) -> jax.Array:
     one = jnp.ones((), x.dtype)
-    return jnp.where(x >= 0, one, -one)
+    return jnp.where(x >= 0, one, jnp.where(x < 0, -one, x))  # a NaN has no sign
 
 
 @_sign.defjvp
