@@ -21,7 +21,11 @@ RULES = [
     {"path": ".*/weight", "encoder": {"quant.Int": {"bits": 4}}, "axes": {"Axes": {"out": [0]}}}
 ]
 # No HOME, no terminal, no PATH with git in it.
-BARE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+BARE = {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+}
 
 
 @pytest.fixture

@@ -41,7 +41,10 @@ def reference(w, k, start):
     else:
         for _ in range(1000):
             codes = np.abs(x[:, None] - c).argmin(1)
-            c = np.array([x[codes == i].mean() if (codes == i).any() else c[i] for i in range(k)])
+            new = np.array([x[codes == i].mean() if (codes == i).any() else c[i] for i in range(k)])
+            if np.array_equal(new, c):
+                break
+            c = new
     return (np.abs(x[:, None] - c).min(1) ** 2).sum()
 
 

@@ -162,7 +162,7 @@ SETTINGS = {
 }
 
 
-@settings(max_examples=25, **SETTINGS)
+@settings(max_examples=10, **SETTINGS)
 @given(programs, st.sampled_from(range(len(TREES))))
 def test_a_program_and_its_gradient(program, small):
     equal_to_dense(program, TREES[small])

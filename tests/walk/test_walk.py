@@ -116,8 +116,15 @@ def close(a, b):
     assert [x.dtype for x in jax.tree.leaves(a)] == [x.dtype for x in jax.tree.leaves(b)]
 
 
-@pytest.mark.parametrize("encoder", SMALL)
-@pytest.mark.parametrize("name", PROGRAMS)
+def products(names, encoders):
+    """Each program on one encoder in turn; on every encoder with --full."""
+    for i, name in enumerate(names):
+        for j, encoder in enumerate(encoders):
+            marks = () if i % len(encoders) == j else pytest.mark.full
+            yield pytest.param(name, encoder, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "encoder"), list(products(PROGRAMS, SMALL)))
 def test_values(name, encoder):
     fn, small = PROGRAMS[name], SMALL[encoder]
     close(accelerate(fn)(small, X), fn(jom.materialize(small), X))
@@ -127,8 +134,10 @@ def total(fn):
     return lambda *a: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(fn(*a)))
 
 
-@pytest.mark.parametrize("encoder", [repr(ENCODERS[0]), repr(ENCODERS[4])])
-@pytest.mark.parametrize("name", ONCE)
+TWO = [repr(ENCODERS[0]), repr(ENCODERS[4])]
+
+
+@pytest.mark.parametrize(("name", "encoder"), list(products(ONCE, TWO)))
 def test_gradients_by_input_and_by_float_parts(name, encoder):
     fn, small = PROGRAMS[name], SMALL[encoder]
     part, rest = jom.partition(small)

@@ -58,7 +58,7 @@ def value_and_gradient(case, kind):
 
 
 NAMES = zoo.names()
-# Here each model in one framework, on one kind of leaf; every product with --full.
+# Here each model in one framework, and on one kind of leaf; every product with --full.
 BY = {kind: [n for n in NAMES if n.startswith(kind)] for kind in ("linen", "nnx", "dict")}
 TURNS = [*BY["linen"][::2], *BY["nnx"][1::2], *BY["dict"]]
 SOME = [(n, list(KINDS)[i % len(KINDS)]) for i, n in enumerate(TURNS)]
@@ -85,10 +85,15 @@ def layers(inputs, stack):
     return list(inputs.reshape(-1, *inputs.shape[stack:]))
 
 
+@jax.jit
+def every(stats):
+    return {name: getattr(stats, name) for name in stats.names}
+
+
 def check_statistics(stats, use):
     assert stats.axes == jom.Axes(tuple(a + use.stack for a in use.out), use.stack)
     assert [n for _, n in stats.groups] == ([use.groups] if use.groups > 1 else [])
-    found = {n: getattr(stats, n) for n in stats.names}
+    found = every(stats)
     flat = jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[use.stack :]), found)
     for i, x in enumerate(layers(use.inputs, use.stack)):
         got = jax.tree.map(lambda a, i=i: a[i], flat)
@@ -115,7 +120,9 @@ def check_statistics(stats, use):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n in TURNS else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
+)
 def test_statistics_and_table(name):
     case = zoo.case(name)
     stats = jom.calibrate(case.fn, case.params, [case.args], ALL)
