@@ -97,6 +97,21 @@ JOM_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v
 JOM_INLINE Floats least(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 JOM_INLINE Floats most(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 
+JOM_INLINE Ints to_ints(Floats whole) { return {_mm512_cvtps_epi32(whole.v)}; }
+JOM_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+// Of 256 high + low, where low is -128 to 127.
+JOM_INLINE Ints high_of(Ints a) {
+  return {_mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8)};
+}
+JOM_INLINE Ints low_of(Ints a, Ints high) {
+  return {_mm512_sub_epi32(a.v, _mm512_slli_epi32(high.v, 8))};
+}
+// Stores numbers from -128 to 127 as bytes.
+JOM_INLINE void store_codes(int8_t* p, Ints a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
+}
+JOM_INLINE int32_t sum_of(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+
 #elif JOM_AVX2
 
 struct Bytes { __m256i lo, hi; };
@@ -161,6 +176,33 @@ JOM_PAIR(least, _mm256_min_ps)
 JOM_PAIR(most, _mm256_max_ps)
 #undef JOM_PAIR
 
+JOM_INLINE Ints to_ints(Floats whole) {
+  return {_mm256_cvtps_epi32(whole.lo), _mm256_cvtps_epi32(whole.hi)};
+}
+JOM_INLINE Ints operator+(Ints a, Ints b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+JOM_INLINE Ints high_of(Ints a) {
+  __m256i half = _mm256_set1_epi32(128);
+  return {_mm256_srai_epi32(_mm256_add_epi32(a.lo, half), 8),
+          _mm256_srai_epi32(_mm256_add_epi32(a.hi, half), 8)};
+}
+JOM_INLINE Ints low_of(Ints a, Ints high) {
+  return {_mm256_sub_epi32(a.lo, _mm256_slli_epi32(high.lo, 8)),
+          _mm256_sub_epi32(a.hi, _mm256_slli_epi32(high.hi, 8))};
+}
+JOM_INLINE void store_codes(int8_t* p, Ints a) {
+  __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128((__m128i*)p, bytes);
+}
+JOM_INLINE int32_t sum_of(Ints a) {
+  int32_t all[8], total = 0;
+  _mm256_storeu_si256((__m256i*)all, _mm256_add_epi32(a.lo, a.hi));
+  for (int32_t x : all) total += x;
+  return total;
+}
+
 #elif JOM_NEON
 
 struct Bytes { uint8x16_t v[4]; };
@@ -208,6 +250,22 @@ JOM_INLINE Floats least(Floats a, Floats b) {
 }
 JOM_INLINE Floats most(Floats a, Floats b) {
   JOM_EACH(Floats, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]))
+}
+JOM_INLINE Ints to_ints(Floats whole) { JOM_EACH(Ints, vcvtq_s32_f32(whole.v[i])) }
+JOM_INLINE Ints operator+(Ints a, Ints b) { JOM_EACH(Ints, vaddq_s32(a.v[i], b.v[i])) }
+JOM_INLINE Ints high_of(Ints a) {
+  JOM_EACH(Ints, vshrq_n_s32(vaddq_s32(a.v[i], vdupq_n_s32(128)), 8))
+}
+JOM_INLINE Ints low_of(Ints a, Ints high) {
+  JOM_EACH(Ints, vsubq_s32(a.v[i], vshlq_n_s32(high.v[i], 8)))
+}
+JOM_INLINE void store_codes(int8_t* p, Ints a) {
+  int16x8_t first = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
+  int16x8_t second = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
+  vst1q_s8(p, vcombine_s8(vmovn_s16(first), vmovn_s16(second)));
+}
+JOM_INLINE int32_t sum_of(Ints a) {
+  return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
 }
 #undef JOM_EACH
 
@@ -258,6 +316,19 @@ JOM_INLINE Floats operator*(Floats a, Floats b) { return {a.v * b.v}; }
 JOM_INLINE Floats operator/(Floats a, Floats b) { return {a.v / b.v}; }
 JOM_INLINE Floats least(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
 JOM_INLINE Floats most(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
+
+JOM_INLINE Ints to_ints(Floats whole) { return {__builtin_convertvector(whole.v, decltype(Ints::v))}; }
+JOM_INLINE Ints operator+(Ints a, Ints b) { return {a.v + b.v}; }
+JOM_INLINE Ints high_of(Ints a) { return {(a.v + 128) >> 8}; }
+JOM_INLINE Ints low_of(Ints a, Ints high) { return {a.v - high.v * 256}; }
+JOM_INLINE void store_codes(int8_t* p, Ints a) {
+  for (int i = 0; i < kLanes; i++) p[i] = (int8_t)a.v[i];
+}
+JOM_INLINE int32_t sum_of(Ints a) {
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; i++) total += a.v[i];
+  return total;
+}
 
 #endif
 

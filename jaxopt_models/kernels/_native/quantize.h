@@ -11,15 +11,18 @@
 
 namespace jom {
 
-// To the nearest integer, ties to even, for magnitudes below 2^22; compilers vectorize it.
+// To the nearest integer, ties to even, for magnitudes below 2^22.
 JOM_INLINE float rounded(float x) {
   constexpr float big = 12582912.0f;
   return (x + big) - big;
 }
+JOM_INLINE Floats rounded(Floats x) {
+  const Floats big = floats(12582912.0f);
+  return (x + big) - big;
+}
 
-JOM_INLINE float limited(float x, float low, float high) {
-  x = x > low ? x : low;
-  return x < high ? x : high;
+JOM_INLINE Floats limited(Floats x, float low, float high) {
+  return least(most(x, floats(low)), floats(high));
 }
 
 // The largest magnitude as bits: above those of every finite number if there is a NaN or Inf.
@@ -86,11 +89,26 @@ Grid grid_of(const Spec& a, const float* x, int64_t n) {
   return grid_from(a, largest(x, n), least, greatest);
 }
 
-// The code of an input, as a float.
-JOM_INLINE float code_of(float x, const Grid& g) {
-  // Beyond the grid on either side; rounding is exact only for magnitudes below 2^22.
-  float v = limited(x / g.scale, -1e6f, 1e6f);
-  return limited(rounded(v) + g.zero, g.low, g.high);
+// Calls f(start, lanes, values) for 16 inputs at a time, the last ones filled up with zeros.
+template <typename F>
+JOM_INLINE void each_vector(const float* x, int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes, load(x + i));
+  if (i < n) f(i, (int)(n - i), load(x + i, (int)(n - i)));
+}
+
+// Writes the first lanes of codes.
+JOM_INLINE void store_codes(int8_t* p, Ints codes, int lanes) {
+  if (lanes == kLanes) return store_codes(p, codes);
+  int8_t all[kLanes];
+  store_codes(all, codes);
+  std::memcpy(p, all, lanes);
+}
+
+// The codes of inputs less the zero point, as floats. Limits are whole numbers, so an input may be
+// limited before it is rounded.
+JOM_INLINE Floats whole_of(Floats x, const Grid& g) {
+  return rounded(limited(x / floats(g.scale), g.low - g.zero, g.high - g.zero));
 }
 
 // Rounds n inputs to whole numbers, the zero point taken off; NaN passes by the scale.
@@ -99,7 +117,9 @@ inline void to_whole(const float* x, int64_t n, const Grid& g, float* q) {
     std::fill(q, q + n, 0.0f);
     return;
   }
-  for (int64_t i = 0; i < n; i++) q[i] = code_of(x[i], g) - g.zero;
+  each_vector(x, n, [&](int64_t i, int lanes, Floats v) __attribute__((always_inline)) {
+    lanes == kLanes ? store(q + i, whole_of(v, g)) : store(q + i, whole_of(v, g), lanes);
+  });
 }
 
 // Rounds n inputs to a grid, and returns their sum as codes.
@@ -108,13 +128,14 @@ inline int32_t to_codes(const float* x, int64_t n, const Grid& g, int8_t* q) {
     std::memset(q, 0, n);
     return 0;
   }
-  int32_t total = 0;
-  for (int64_t i = 0; i < n; i++) {
-    int32_t c = (int32_t)code_of(x[i], g);
-    q[i] = (int8_t)c;
-    total += c;
-  }
-  return total;
+  const Ints zero = ints((int32_t)g.zero);
+  Ints total = ints(0);
+  each_vector(x, n, [&](int64_t i, int lanes, Floats v) __attribute__((always_inline)) {
+    const Ints whole = to_ints(whole_of(v, g));  // zero where an input was filled up
+    total = total + whole;
+    store_codes(q + i, whole + zero, lanes);
+  });
+  return sum_of(total) + (int32_t)g.zero * (int32_t)n;
 }
 
 // Writes n codes four at a time, `stride` bytes apart.
@@ -132,17 +153,17 @@ inline void to_digits(const float* x, int64_t n, float scale, int8_t* high, int8
     std::memset(low, 0, n);
     return;
   }
-  int32_t sum_high = 0, sum_low = 0;
-  for (int64_t i = 0; i < n; i++) {
-    int32_t c = (int32_t)rounded(limited(x[i] * step, -kSixteenBits, kSixteenBits));
-    int32_t h = (c + 128) >> 8;
-    high[i] = (int8_t)h;
-    low[i] = (int8_t)(c - h * 256);
-    sum_high += h;
-    sum_low += c - h * 256;
-  }
-  totals[0] = sum_high;
-  totals[1] = sum_low;
+  Ints sum_high = ints(0), sum_low = ints(0);
+  each_vector(x, n, [&](int64_t i, int lanes, Floats v) __attribute__((always_inline)) {
+    const Ints c = to_ints(rounded(limited(v * floats(step), -kSixteenBits, kSixteenBits)));
+    const Ints h = high_of(c), l = low_of(c, h);
+    sum_high = sum_high + h;
+    sum_low = sum_low + l;
+    store_codes(high + i, h, lanes);
+    store_codes(low + i, l, lanes);
+  });
+  totals[0] = sum_of(sum_high);
+  totals[1] = sum_of(sum_low);
 }
 
 // The scale of a run of inputs that are rounded to 16 bits; NaN where one is not finite.
