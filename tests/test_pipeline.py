@@ -78,12 +78,19 @@ def test_the_callers_parameters_survive():
     assert bool(jnp.isfinite(mine["a"]).all())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The file of a run that nothing interrupts."""
+    path = tmp_path_factory.mktemp("whole") / "whole.jom"
+    run(path)
+    return path
+
+
 @pytest.mark.parametrize(
     "at", [pytest.param(i, marks=[] if i in (6, 11, 21) else pytest.mark.full) for i in range(25)]
 )
-def test_interrupt_and_resume_gives_the_same_file(tmp_path, at):
-    whole, again = tmp_path / "whole.jom", tmp_path / "again.jom"
-    run(whole)
+def test_interrupt_and_resume_gives_the_same_file(whole, tmp_path, at):
+    again = tmp_path / "again.jom"
 
     def interrupted(step):
         if step == at:
@@ -104,7 +111,7 @@ def test_interrupt_and_resume_gives_the_same_file(tmp_path, at):
     assert whole.read_bytes() == again.read_bytes()
 
 
-def test_kill_and_resume_gives_the_same_file(tmp_path):
+def test_kill_and_resume_gives_the_same_file(whole, tmp_path):
     code = textwrap.dedent(f"""
         import os, signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -118,9 +125,8 @@ def test_kill_and_resume_gives_the_same_file(tmp_path):
     """)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    run(tmp_path / "whole.jom")
     run(tmp_path / "again.jom", checkpoint=tmp_path / "ckpt", save_every=4)
-    assert (tmp_path / "whole.jom").read_bytes() == (tmp_path / "again.jom").read_bytes()
+    assert whole.read_bytes() == (tmp_path / "again.jom").read_bytes()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
