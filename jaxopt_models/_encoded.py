@@ -40,6 +40,9 @@ class Encoded:
     #: Whether this only stands around ``values``, which other encoders may encode in its place.
     around: ClassVar[bool] = False
 
+    #: Whether this is in the order of a machine's kernels, which no file keeps.
+    laid_out: ClassVar[bool] = False
+
     @property
     def dtype(self) -> jnp.dtype:
         """Data type of the tensor this leaf stands for."""

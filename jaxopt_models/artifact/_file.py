@@ -72,6 +72,11 @@ def save(
     with Writer(path) as writer:
         for name, x in tensors:
             section = SectionWriter(dense)
+            if any(c.laid_out for c in _classes(x)):
+                raise ValueError(
+                    f"save: {name}: it is laid out for the kernels of a machine; save the tree as "
+                    "it was before jaxopt_models.pack"
+                )
             try:
                 description = section.tensor(x)
                 check_plain(description)

@@ -42,6 +42,7 @@ class Packed(Encoded):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
+    laid_out: ClassVar[bool] = True
     codes: jax.Array
     scale: jax.Array
     zero: jax.Array | None

@@ -1,5 +1,7 @@
 """What is laid out for kernels: the same values, or a reason why not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxopt_models import codebook, prune, quant
 from jaxopt_models._pack import why_not
 
 W = np.random.default_rng(0).standard_normal((64, 70), np.float32)
+W8A8 = jom.chain(quant.Int(bits=8), quant.Input(bits=8))
 PACKED = [
     *(quant.Int(bits=b) for b in range(2, 9)),
     quant.Int(bits=4, group=32, scale="bfloat16"),
@@ -21,7 +24,7 @@ PACKED = [
     quant.Ternary(),
     quant.HQQ(bits=4, group=32),
     jom.chain(prune.Magnitude(sparsity=0.5), quant.Int(bits=4)),
-    jom.chain(quant.Int(bits=8), quant.Input(bits=8)),
+    W8A8,
     jom.chain(quant.Int(bits=8), quant.Input(bits=8, symmetric=False)),
 ]
 
@@ -85,6 +88,13 @@ def test_an_unpacked_parameter_says_what_to_call():
     assert row["runs"] == "rebuilt" and "jaxopt_models.pack" in row["note"]
 
 
+def test_a_file_keeps_what_was_compressed(tmp_path):
+    small = jom.compress({"w": jnp.asarray(W)}, [jom.Rule("w", W8A8)])
+    with pytest.raises(ValueError, match=r"save: w: it is laid out .* before jaxopt_models\.pack"):
+        jom.save(tmp_path / "m.jom", jom.pack(small, target="cpu"))
+    assert not (tmp_path / "m.jom").exists()
+
+
 def test_targets():
     small = jom.compress({"w": jnp.asarray(W)}, [jom.Rule("w", quant.Int(bits=8))])
     assert jom.pack(small, target="tpu")["w"] is small["w"]
@@ -94,8 +104,6 @@ def test_targets():
 
 
 def test_a_broken_leaf_is_found():
-    import dataclasses
-
     leaf = jom.pack(quant.Int(bits=8)(jnp.asarray(W)), target="cpu")
     for change in (
         {"codes": leaf.codes[:1]},

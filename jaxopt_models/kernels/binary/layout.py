@@ -42,6 +42,7 @@ class PackedSigns(Encoded):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
+    laid_out: ClassVar[bool] = True
     signs: jax.Array
     scale: jax.Array
     core: tuple[int, ...] = static()
