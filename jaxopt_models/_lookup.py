@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._coded import Coded
-from ._encoded import Encoded, Masked, is_encoded
+from ._encoded import Encoded, Masked, is_encoded, rebuilt
 from .kernels._layout import CHUNK, PANEL, unpack
 from .kernels.matmul import Packed
 from .quant._with_input import Reader
@@ -30,7 +30,7 @@ def rows_of(leaf: Encoded, at: jax.Array | None) -> Any:
         return why
     if isinstance(leaf, Packed):
         return _of_packed(leaf, at)
-    return _picked(leaf, at).materialize()
+    return rebuilt(_picked(leaf, at))
 
 
 def _why_not(leaf: Any) -> str:

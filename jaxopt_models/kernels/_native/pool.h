@@ -62,6 +62,16 @@ class Pool {
   }
 };
 
+// Calls f(0), ..., f(n - 1) in a few pieces; at once where it is not worth waking a thread.
+template <typename F>
+void share(const Pool& pool, int64_t n, bool alone, F&& f) {
+  const int64_t most = 8 * pool.threads(), pieces = alone ? 1 : n < most ? n : most;
+  auto piece = [&](int p) {
+    for (int64_t i = n * p / pieces; i < n * (p + 1) / pieces; i++) f(i);
+  };
+  if (n) pool.each((int)pieces, piece);
+}
+
 // Memory for the length of a call. A large fresh allocation costs more in page faults than the
 // work done in it, so some is kept.
 class Scratch {
