@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import logging
@@ -15,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 
 import jax.ffi
 
@@ -155,11 +157,25 @@ def build(isa: str) -> pathlib.Path:
     path, cxx = library(isa), compiler()
     if path.exists():
         return path
-    logger.info("kernels: compiling for this machine, once ...")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        made = _compile(isa, cxx, pathlib.Path(folder))
-        os.replace(made, path)
+    with _alone(path):
+        if not path.exists():
+            logger.info("kernels: compiling for this machine, once ...")
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+                os.replace(_compile(isa, cxx, pathlib.Path(folder)), path)
     return path
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """Lets one process at a time compile a library, where the system has locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _compile(isa: str, cxx: str, folder: pathlib.Path) -> pathlib.Path:
@@ -167,7 +183,9 @@ def _compile(isa: str, cxx: str, folder: pathlib.Path) -> pathlib.Path:
 
     def compiled(source: pathlib.Path) -> str:
         made = folder / f"{source.parent.name}-{source.stem}.o"
-        _run([*shlex.split(cxx), *flags, "-c", str(source), "-o", str(made)])
+        # What only hands over takes long to optimize, and gains nothing.
+        level = ["-O1"] if source.parent.name == "_native" else []
+        _run([*shlex.split(cxx), *flags, *level, "-c", str(source), "-o", str(made)])
         return str(made)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -192,6 +210,6 @@ def _run(command: list[str]) -> None:
 def clear() -> int:
     """Removes what was compiled; returns the number of files."""
     found = [*cache_dir().glob("kernels-*.so")]
-    for path in found:
+    for path in [*found, *cache_dir().glob("kernels-*.lock")]:
         path.unlink(missing_ok=True)
     return len(found)

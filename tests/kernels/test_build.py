@@ -65,7 +65,8 @@ def test_a_compiler_that_is_not_there_or_fails(monkeypatch, nothing_loaded, tmp_
     _load.forget()
     monkeypatch.setenv("CXX", str(broken))
     assert "failed with 3: x.cc:1: error: no room" in kernels.status().why
-    assert os.listdir(tmp_path / "cache") == []  # nothing half built is left
+    left = [n for n in os.listdir(tmp_path / "cache") if not n.endswith(".lock")]
+    assert left == []  # nothing half built
 
 
 def test_turned_off(monkeypatch):
@@ -126,8 +127,9 @@ def test_processes_that_race_build_one_library(tmp_path):
     # A compiler that only copies what was compiled before, slowly enough for a race.
     fake = tmp_path / "c++"
     fake.write_text(
-        '#!/bin/sh\nfor a; do last=$a; done\ncase " $* " in *" -shared "*) sleep 0.3; '
-        f'cp {kernels.status().file} "$last";; *) : > "$last";; esac\n'
+        '#!/bin/sh\nfor a; do last=$a; done\ncase " $* " in *" -shared "*) '
+        f'echo x >> {tmp_path}/built; sleep 0.3; cp {kernels.status().file} "$last";; '
+        '*) : > "$last";; esac\n'
     )
     fake.chmod(0o755)
     env = {**os.environ, "CXX": str(fake), "JAXOPT_MODELS_CACHE": str(tmp_path / "cache")}
@@ -137,7 +139,9 @@ def test_processes_that_race_build_one_library(tmp_path):
     ]
     files = {child.communicate(timeout=120)[0].strip() for child in children}
     [file] = files
-    assert os.listdir(tmp_path / "cache") == [os.path.basename(file)]
+    found = sorted(os.listdir(tmp_path / "cache"))
+    assert found == sorted([os.path.basename(file), pathlib.Path(file).stem + ".lock"])
+    assert (tmp_path / "built").read_text() == "x\n"  # the other process waited
 
 
 @needed
