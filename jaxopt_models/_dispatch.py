@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _dispatch_binary as _dispatch_binary
+from . import _dispatch_sparse as _dispatch_sparse
 from ._dispatch_shapes import no_images, no_rows, of_images, of_rows, operand
 from ._encoded import Encoded
 from ._jaxpr import varying

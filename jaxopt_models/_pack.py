@@ -14,6 +14,7 @@ from ._encoded import Encoded, Masked, is_encoded
 from .kernels._layout import CHUNK, WIDTHS, Packed, to_panels
 from .kernels._layout import pack as lay_out
 from .kernels.binary import layout as signs
+from .kernels.sparse import masks
 from .quant import Quantized, Tabulated, WithInput
 from .quant._tables import table_of
 from .quant._xnor import WithSign
@@ -25,6 +26,11 @@ def pack(tree: Any, *, target: Literal["cpu"] | None = None) -> Any:
     What is laid out computes the same and rebuilds to the same bits, but is no longer trained,
     encoded again or divided along any axis: pack last. Parameters for which there is no layout
     stay as they are; ``accelerate(fn).explain(tree, ...)`` says why for each.
+
+    Of a pruned parameter only what is kept is stored where that is faster: runs of 4, 8 or 16
+    inputs that are kept or dropped together (:class:`jaxopt_models.prune.Block`), of `float32` and
+    `bfloat16` up to half of them, of codes up to a 32nd for each bit; and of `float32` and
+    `bfloat16` at most two of every four inputs.
 
     Args:
       tree: compressed parameters, or one leaf.
@@ -58,6 +64,8 @@ def _packed(leaf: Encoded) -> Encoded:
         return leaf
     if isinstance(leaf, WithSign):
         return signs.laid_out(leaf)
+    if isinstance(leaf, Masked) and not masks.why_not(leaf):
+        return masks.laid_out(leaf)
     if isinstance(leaf, WithInput):
         shifted = not leaf.symmetric
         return dataclasses.replace(leaf, values=_laid_out(leaf.values, shifted))
@@ -68,6 +76,10 @@ def why_not(leaf: Any) -> str:
     """Says why a leaf has no layout, ``""`` if it has one."""
     if isinstance(leaf, WithSign):
         return signs.why_not(leaf)
+    if isinstance(leaf, Masked) and (
+        not (why := masks.why_not(leaf)) or not isinstance(leaf.values, Quantized)
+    ):
+        return why
     inner = leaf.values if isinstance(leaf, WithInput) else leaf
     if isinstance(inner, Packed):
         return "it is packed"

@@ -7,6 +7,7 @@ these where a program is compiled for a CPU. Without a C++ compiler everything r
 from . import binary as binary
 from . import conv as conv
 from . import matmul as matmul
+from . import sparse as sparse
 from ._build import BuildError as BuildError
 from ._build import clear as clear
 from ._load import Loaded as Loaded

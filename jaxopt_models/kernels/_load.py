@@ -14,7 +14,11 @@ import jax
 from . import _build
 
 #: Kernels by the name of their symbol.
-HANDLERS = ("matmul", "conv", "binary_matmul", "binary_conv")
+HANDLERS = (
+    *("matmul", "conv"),
+    *("binary_matmul", "binary_conv"),
+    *("sparse_blocks", "sparse_pairs"),
+)
 _LOCK = threading.RLock()
 _LOADED: dict[str, Loaded] = {}
 

@@ -178,16 +178,6 @@ void prepare(const Binary& a, int64_t row, int height, const uint32_t* bits, con
   }
 }
 
-// Calls f(0), ..., f(n - 1) in a few pieces; at once where it is not worth waking a thread.
-template <typename F>
-void share(const Pool& pool, int64_t n, bool alone, F&& f) {
-  const int64_t pieces = alone ? 1 : std::min<int64_t>(n, 8 * pool.threads());
-  auto piece = [&](int p) {
-    for (int64_t i = n * p / pieces; i < n * (p + 1) / pieces; i++) f(i);
-  };
-  if (n) pool.each((int)pieces, piece);
-}
-
 }  // namespace
 
 const char* check(const Binary& a) {
