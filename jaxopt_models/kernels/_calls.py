@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._load import status
 
@@ -147,3 +147,11 @@ def placed(mesh: Any, a: Any, *axes: Any) -> NamedSharding:
     """Returns how an operand is divided; one without entries is not."""
     given = axes if math.prod(a.shape) else (None,) * len(a.shape)
     return NamedSharding(mesh, PartitionSpec(*given))
+
+
+def can_sum() -> bool:
+    """Says whether a partition may add up what devices computed."""
+    # On Explicit meshes JAX 0.12 marks every sum with a sharding, which XLA knows no more of at
+    # that place.
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return jax.__version_info__ < (0, 12) or not explicit

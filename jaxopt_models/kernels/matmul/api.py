@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._calls import axis_of, by_rows, count_of, either, names_of, placed
+from .._calls import axis_of, by_rows, can_sum, count_of, either, names_of, placed
 from .._layout import CHUNK, PANEL
 from .._load import Loaded
 from .._packed import ACTIVATIONS, Options, check_operands, one_of, prepared
@@ -97,7 +97,7 @@ def _operation(found: Loaded, options: Options) -> Any:
         if not even or codes.shape[1] % count_of(mesh, last) or names_of(last) & names_of(rows):
             last = None
         parts = count_of(mesh, first)
-        together = options.whole or x.shape[1] % CHUNK or codes.shape[2] % parts
+        together = not can_sum() or options.whole or x.shape[1] % CHUNK or codes.shape[2] % parts
         if (
             together
             or (groups > 1 and groups % parts)
