@@ -62,7 +62,7 @@ def _found(leaf: Masked) -> tuple[Matrix, int] | str:
     if leaf.dtype not in (jnp.float32, jnp.bfloat16):
         return f"there is no layout for tensors of {leaf.dtype}"
     if not all(map(is_concrete, jax.tree.leaves(leaf))):
-        return "it is not laid out: jaxopt_models.pack does where runs of inputs are dropped"
+        return "it is not laid out, as pack does where inputs are kept or dropped together"
     if not leaf.size or ndim < 2:
         return "it is no matrix with entries"
     most = next(b for b in WIDTHS if b >= values.bits) / 32 if codes else MOST
