@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._axes import Matrix
-from .._encoded import Encoded, is_encoded, leaf, static
+from .._encoded import is_encoded, leaf, static
+from ._laid_out import LaidOut
 
 #: Columns of a panel, inputs of a chunk, and inputs of a step: see `cpu.h`.
 PANEL, CHUNK, STEP = 64, 32, 4
@@ -21,7 +22,7 @@ WIDTHS = (1, 2, 3, 4, 8)
 
 
 @leaf
-class Packed(Encoded):
+class Packed(LaidOut):
     r"""Codes of uniform steps in the order in which a product reads them.
 
     .. math:: w = s \, (q - 2^{b-1} - z)
@@ -42,7 +43,6 @@ class Packed(Encoded):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
-    laid_out: ClassVar[bool] = True
     codes: jax.Array
     scale: jax.Array
     zero: jax.Array | None
@@ -53,19 +53,9 @@ class Packed(Encoded):
     dtype_name: str = static()
 
     @property
-    def dtype(self) -> jnp.dtype:
-        """Data type of the tensor."""
-        return jnp.dtype(self.dtype_name)
-
-    @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the codes."""
         return tuple(self.codes.shape[:-3])
-
-    @property
-    def matrix(self) -> Matrix:
-        """The `[in, out]` view of the core tensor."""
-        return Matrix(self.core, self.out)
 
     def integers(self) -> jax.Array:
         """Unpacks the codes of one core tensor: `int32` `[in, out]`, less `2^(bits - 1)`."""

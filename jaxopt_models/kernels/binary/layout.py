@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ..._axes import Matrix
-from ..._encoded import Encoded, is_encoded, leaf, static
+from ..._encoded import is_encoded, leaf, static
 from ...quant import Tabulated
 from ...quant._tables import table_of
 from ...quant._xnor import WithSign
+from .._laid_out import LaidOut
 
 #: Columns of a panel, and signs of a word: see `cpu.h`.
 PANEL, WORD = 64, 32
@@ -24,7 +25,7 @@ LEAST = 8
 
 
 @leaf
-class PackedSigns(Encoded):
+class PackedSigns(LaidOut):
     r"""Signs in the order in which a product with signs reads them.
 
     .. math:: w = \pm s
@@ -42,7 +43,6 @@ class PackedSigns(Encoded):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
-    laid_out: ClassVar[bool] = True
     signs: jax.Array
     scale: jax.Array
     core: tuple[int, ...] = static()
@@ -50,19 +50,9 @@ class PackedSigns(Encoded):
     dtype_name: str = static()
 
     @property
-    def dtype(self) -> jnp.dtype:
-        """Data type of the tensor."""
-        return jnp.dtype(self.dtype_name)
-
-    @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the signs."""
         return tuple(self.signs.shape[:-3])
-
-    @property
-    def matrix(self) -> Matrix:
-        """The `[in, out]` view of the core tensor."""
-        return Matrix(self.core, self.out)
 
     @property
     def runs(self) -> tuple[int, int]:

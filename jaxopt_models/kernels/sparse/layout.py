@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._axes import Matrix
-from ..._encoded import Encoded, leaf, static
+from ..._encoded import leaf, static
+from .._laid_out import LaidOut
 
 #: Inputs of a unit, best first; columns of a panel, and runs of four in a word of places.
 UNITS = (16, 8, 4)
@@ -17,7 +17,7 @@ PANEL, RUNS = 16, 8
 
 
 @leaf
-class PackedBlocks(Encoded):
+class PackedBlocks(LaidOut):
     r"""Runs of neighbouring inputs that are kept, column after column.
 
     .. math:: w_{u i_k + t,\, j} = s_j \, v_{k t}, \qquad b_j \le k < b_{j + 1}
@@ -34,7 +34,6 @@ class PackedBlocks(Encoded):
       dtype_name: data type of the tensor.
     """
 
-    laid_out: ClassVar[bool] = True
     values: jax.Array
     index: jax.Array
     starts: jax.Array
@@ -44,19 +43,9 @@ class PackedBlocks(Encoded):
     dtype_name: str = static()
 
     @property
-    def dtype(self) -> jnp.dtype:
-        """Data type of the tensor."""
-        return jnp.dtype(self.dtype_name)
-
-    @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the values."""
         return tuple(self.values.shape[:-2])
-
-    @property
-    def matrix(self) -> Matrix:
-        """The `[in, out]` view of the core tensor."""
-        return Matrix(self.core, self.out)
 
     def trained(self) -> tuple[str, ...]:
         """Returns the values, or the scales of codes."""
@@ -106,7 +95,7 @@ class PackedBlocks(Encoded):
 
 
 @leaf
-class PackedPairs(Encoded):
+class PackedPairs(LaidOut):
     r"""At most two of every four inputs of each column, and which of them these are.
 
     In the `[in, out]` view of the core tensor 16 columns are a panel and 32 inputs, eight runs of
@@ -122,7 +111,6 @@ class PackedPairs(Encoded):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("values",)
-    laid_out: ClassVar[bool] = True
     values: jax.Array
     places: jax.Array
     core: tuple[int, ...] = static()
@@ -137,11 +125,6 @@ class PackedPairs(Encoded):
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the values."""
         return tuple(self.places.shape[:-3])
-
-    @property
-    def matrix(self) -> Matrix:
-        """The `[in, out]` view of the core tensor."""
-        return Matrix(self.core, self.out)
 
     def rebuild(self) -> jax.Array:
         """Puts the values of one core tensor where they were."""
