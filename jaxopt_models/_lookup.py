@@ -91,7 +91,7 @@ def _of_packed(leaf: Packed, at: jax.Array) -> jax.Array:
     q = unpack(chunk, chunk.shape[1] * CHUNK, panels * PANEL, leaf.bits)
     q = q.reshape(at.shape[0], CHUNK, panels * PANEL)
     q = jnp.take_along_axis(q, (at % CHUNK)[:, None, None], axis=1)[:, 0]
-    q = (q - (1 << (leaf.bits - 1))).astype(jnp.float32)
+    q = leaf.meaning(q - leaf.offset)
     each = m.rows // leaf.scale.shape[1]
 
     def side(x: jax.Array) -> jax.Array:

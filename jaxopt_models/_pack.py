@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._axes import Matrix
+from ._axes import Axes, Matrix
 from ._encoded import Encoded, Masked, is_encoded
+from .codebook import Clustered
 from .kernels._layout import CHUNK, WIDTHS, Packed, to_panels
 from .kernels._layout import pack as lay_out
 from .kernels.binary import layout as signs
@@ -87,22 +88,31 @@ def why_not(leaf: Any) -> str:
         inner = inner.values
         if not isinstance(inner, Quantized) or not inner.signed:
             return "there is no layout for a mask around it; symmetric quant.Int has one"
-    if isinstance(inner, Tabulated):
-        if _line(inner) is None:
-            return "there is no layout for tables whose values are not evenly spaced"
-    elif not isinstance(inner, Quantized):
+    if not isinstance(inner, (Quantized, Tabulated, Clustered)):
         return f"there is no layout for {type(inner).__name__}" if is_encoded(inner) else "dense"
-    if is_encoded(inner.scale) and inner.scale.stack != inner.stack:
+    if isinstance(inner, Clustered) and inner.out:
+        return "there is no layout for outputs with codebooks of their own"
+    if _needs_table(inner):
+        if inner.bits > 4:
+            return "there is no layout for tables of more than 16 values"
+        if isinstance(leaf, WithInput) and not leaf.symmetric:
+            return "there is no layout for tables whose input has a zero point"
+    if is_encoded(inner.meaning) and inner.meaning.stack != inner.stack:
         return "its scales are stacked otherwise"
     if inner.dtype not in (jnp.float32, jnp.bfloat16):
         return f"there is no layout for tensors of {inner.dtype}"
     m = Matrix(inner.core, inner.out)
-    groups = inner.scale.shape[-1]
+    groups = 1 if isinstance(inner, Clustered) else inner.scale.shape[-1]
     if not m.rows or not m.columns:
         return "it has no entry"
     if groups > 1 and m.rows // groups % CHUNK:
         return f"groups of {m.rows // groups} are no multiple of {CHUNK}"
     return ""
+
+
+def _needs_table(leaf: Any) -> bool:
+    """Says whether codes stand for values that are no uniform steps."""
+    return isinstance(leaf, Clustered) or (isinstance(leaf, Tabulated) and _line(leaf) is None)
 
 
 def _line(leaf: Tabulated) -> tuple[float, float] | None:
@@ -126,18 +136,30 @@ def _laid_out(leaf: Any, shifted: bool) -> Packed:
 
 def _one(leaf: Any, shifted: bool) -> Packed:
     """Lays out one core tensor."""
-    m = Matrix(leaf.core, leaf.out)
-    bits = next(b for b in WIDTHS if b >= leaf.bits)
+    # What all outputs share says nothing of which axes these are: by default the last.
+    alone = not leaf.out and (isinstance(leaf, Clustered) or leaf.scale.shape[-1] == 1)
+    m = Matrix(leaf.core, Axes().resolve(len(leaf.core)).out if alone else leaf.out)
+    bits = 4 if _needs_table(leaf) else next(b for b in WIDTHS if b >= leaf.bits)
     offset = 1 << (bits - 1)
     q = m.view(leaf.integers())
 
     def by_column(x: jax.Array) -> jax.Array:
+        if alone:
+            return jnp.broadcast_to(x.reshape(1, 1), (1, m.columns))
         if leaf.block > 1:
             x = jnp.repeat(x, leaf.block, axis=-2)
         return x.reshape(m.columns, -1).T
 
-    scale, zero = by_column(leaf.scales()), None
-    if isinstance(leaf, Tabulated):
+    table = zero = None
+    if isinstance(leaf, Clustered):
+        scale, table = jnp.ones((1, m.columns), jnp.float32), leaf.codebook
+    else:
+        scale = by_column(leaf.scales())
+    if isinstance(leaf, Tabulated) and _needs_table(leaf):
+        table = jnp.asarray(table_of(leaf.table).values)
+    if table is not None:
+        table = jnp.pad(table.astype(jnp.float32), (0, 16 - table.shape[0]))
+    elif isinstance(leaf, Tabulated):
         start, step = _line(leaf)  # type: ignore[misc]
         scale, zero = scale * step, jnp.full(scale.shape, -start / step - offset, jnp.float32)
     elif leaf.zero_point is not None:
@@ -155,8 +177,9 @@ def _one(leaf: Any, shifted: bool) -> Packed:
         to_panels(scale),
         None if zero is None else to_panels(zero),
         None if sums is None else to_panels(sums),
+        table,
         tuple(leaf.core),
-        tuple(leaf.out),
+        m.out,
         bits,
         leaf.dtype_name,
     )

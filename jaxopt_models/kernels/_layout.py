@@ -23,9 +23,9 @@ WIDTHS = (1, 2, 3, 4, 8)
 
 @leaf
 class Packed(LaidOut):
-    r"""Codes of uniform steps in the order in which a product reads them.
+    r"""Codes in the order in which a product reads them: of uniform steps, or of a table.
 
-    .. math:: w = s \, (q - 2^{b-1} - z)
+    .. math:: w = s \, (q - 2^{b-1} - z) \quad\text{or}\quad w = s \, t_q
 
     In the `[in, out]` view of the core tensor 64 columns are a panel and 32 inputs a chunk of it;
     what is beyond the tensor is filled up. See :func:`jaxopt_models.pack`.
@@ -36,6 +36,7 @@ class Packed(LaidOut):
       zero: likewise, `z`; ``None`` where it is zero.
       sums: likewise: for each group and column the sum of the codes less offset and `z`; ``None``
         where no input has a zero point.
+      table: `float32` `[*stack, 16]`, `t`, for codes of 4 bits; ``None`` for uniform steps.
       core: shape of the core tensor.
       out: its output axes.
       bits: width of a code here, 1, 2, 3, 4 or 8.
@@ -47,6 +48,7 @@ class Packed(LaidOut):
     scale: jax.Array
     zero: jax.Array | None
     sums: jax.Array | None
+    table: jax.Array | None
     core: tuple[int, ...] = static()
     out: tuple[int, ...] = static()
     bits: int = static()
@@ -58,14 +60,23 @@ class Packed(LaidOut):
         return tuple(self.codes.shape[:-3])
 
     def integers(self) -> jax.Array:
-        """Unpacks the codes of one core tensor: `int32` `[in, out]`, less `2^(bits - 1)`."""
+        """Unpacks the codes of one core tensor: `int32` `[in, out]`, less :attr:`offset`."""
         m = self.matrix
-        return unpack(self.codes, m.rows, m.columns, self.bits) - (1 << (self.bits - 1))
+        return unpack(self.codes, m.rows, m.columns, self.bits) - self.offset
+
+    @property
+    def offset(self) -> int:
+        """What is taken off codes."""
+        return 0 if self.table is not None else 1 << (self.bits - 1)
+
+    def meaning(self, q: jax.Array) -> jax.Array:
+        """Returns what codes less their offset stand for, scale and zero left out."""
+        return q.astype(jnp.float32) if self.table is None else self.table[q]
 
     def rebuild(self) -> jax.Array:
         """Multiplies the codes of one core tensor by their scales."""
         m = self.matrix
-        q = self.integers().astype(jnp.float32)
+        q = self.meaning(self.integers())
         if self.zero is not None:
             q = q - spread(self.zero, m.rows, m.columns)
         return m.unview(q * spread(self.scale, m.rows, m.columns)).astype(self.dtype)
@@ -91,7 +102,9 @@ class Packed(LaidOut):
         first = axes[n + rows[0]] if by_row else None
         last = axes[n + columns[0]] if by_column else None
         side = PartitionSpec(*axes[:n], last, first if groups > 1 else None, None)
-        rest = {k: side for k in self.parts() if k != "codes"}
+        rest = {k: side for k in self.parts() if k not in ("codes", "table")}
+        if self.table is not None:
+            rest["table"] = PartitionSpec(*axes[:n], None)
         return dataclasses.replace(self, codes=PartitionSpec(*axes[:n], last, first, None), **rest)
 
     def check(self) -> list[str]:
@@ -107,6 +120,10 @@ class Packed(LaidOut):
             wrong.append(f"{groups} groups for {m.rows} inputs")
         for name, part in self.parts().items():
             if name == "codes":
+                continue
+            if name == "table":
+                if (tuple(part.shape), self.bits, self.zero) != ((*self.stack, 16), 4, None):
+                    wrong.append(f"a table {list(part.shape)} for codes of {self.bits} bits")
                 continue
             if tuple(part.shape) != (*want[:-2], groups, PANEL) or part.dtype != jnp.float32:
                 wrong.append(f"{name} is {part.dtype}{list(part.shape)} for {groups} groups")
@@ -153,7 +170,7 @@ def unstacked(leaf: Any) -> tuple[Any, Callable[[Any], Any]] | None:
       one stack axis around packed codes.
     """
     if type(leaf) is Packed and len(leaf.stack) == 1:
-        floating = {"scale": leaf.scale, "zero": leaf.zero, "sums": leaf.sums}
+        floating = {n: getattr(leaf, n) for n in ("scale", "zero", "sums", "table")}
         fixed = {n: getattr(leaf, n) for n in Packed.static_names}
         index = jnp.arange(leaf.stack[0], dtype=jnp.int32)
         return {**floating, "index": index}, lambda part: Layer(codes=leaf.codes, **part, **fixed)

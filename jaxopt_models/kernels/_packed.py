@@ -123,12 +123,13 @@ def prepared(
             limits = jnp.stack([jnp.reshape(a, -1) for a in given], axis=1).astype(jnp.float32)
         if not symmetric:
             sums = layers(packed.sums)
+    table = jnp.zeros((0, 16), jnp.float32) if packed.table is None else layers(packed.table)
     bias = jnp.zeros((0,), jnp.float32) if bias is None else bias.astype(jnp.float32)
     options = Options(
         packed.matrix.columns, packed.bits, mode, bits, symmetric, activation, str(x.dtype)
     )
     index = packed.index if one else 0 if index is None else index
-    return options, [codes, scale, zero, sums, bias, limits, jnp.asarray(index, jnp.int32)]
+    return options, [codes, scale, zero, sums, table, bias, limits, jnp.asarray(index, jnp.int32)]
 
 
 def _whole(x: jax.Array, w: WithInput) -> tuple[jax.Array, jax.Array | None]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxopt_models as jom
-from jaxopt_models import kernels, quant
+from jaxopt_models import codebook, kernels, quant
 from jaxopt_models.kernels._layout import Packed, pack, to_panels
 from jaxopt_models.kernels.matmul import matmul
 from jaxopt_models.kernels.matmul.reference import integer_matmul
@@ -29,6 +29,9 @@ FORMATS = [
     quant.Int(bits=2, group=32, symmetric=False),
     quant.Binary(),
     quant.Ternary(),
+    quant.NF4(group=32),
+    quant.Float("e2m1"),
+    codebook.KMeans(bits=4),
 ]
 
 
@@ -55,6 +58,7 @@ def packed(bits, rows, columns, groups=1, seed=0, zero=False):
         to_panels(jnp.asarray(scale)),
         None if z is None else to_panels(jnp.asarray(z)),
         to_panels(jnp.asarray(sums)),
+        None,
         (rows, columns),
         (1,),
         bits,
@@ -130,8 +134,14 @@ def test_inputs_that_are_not_rounded(encoder, path):
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
-def test_paths_agree_to_the_bit_where_inputs_are_not_rounded():
-    leaf, x = packed(4, 320, 100, 10, zero=True), jnp.asarray(normal((7, 320)))
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: rounding(w, True)])
+def test_paths_agree_to_the_bit(table, wrap):
+    leaf, x = packed(4, 320, 100, 10, zero=not table), jnp.asarray(normal((7, 320)))
+    leaf = dataclasses.replace(leaf, sums=None)
+    if table:
+        leaf = dataclasses.replace(leaf, table=jnp.asarray(normal(16)))
+    leaf = wrap(leaf)
     found = []
     for path in PATHS:
         with kernels.forced(path):

@@ -20,7 +20,8 @@ auto* of_layer(const B& b, int64_t layer, int64_t layers) {
 
 // Takes over weights, and how inputs are rounded; returns nullptr, or what is wrong.
 const char* take_packed(Matmul& a, const ffi::BufferR4<ffi::U8>& w, const Floats4& scale,
-                        const Floats4& zero, const Floats4& sums, const Floats1& bias,
+                        const Floats4& zero, const Floats4& sums, const Floats2& table,
+                        const Floats1& bias,
                         const Floats2& grid, const ffi::BufferR0<ffi::S32>& index) {
   auto wd = w.dimensions(), sd = scale.dimensions(), gd = grid.dimensions();
   const int64_t layers = wd[0];
@@ -33,6 +34,10 @@ const char* take_packed(Matmul& a, const ffi::BufferR4<ffi::U8>& w, const Floats
     if (b->element_count() && !same(b->dimensions(), sd)) {
       return "zero points or sums differ from the scales in shape";
     }
+  }
+  auto td = table.dimensions();
+  if (table.element_count() && ((td[0] != layers && td[0] != 1) || td[1] != 16)) {
+    return "the table is not [layers, 16]";
   }
   if (bias.element_count() && bias.dimensions()[0] != a.n) return "bias is not [n]";
   const bool fixed = a.inputs == Inputs::kStatic;
@@ -47,6 +52,7 @@ const char* take_packed(Matmul& a, const ffi::BufferR4<ffi::U8>& w, const Floats
   a.scale = of_layer(scale, layer, layers);
   a.zero = zero.element_count() ? of_layer(zero, layer, layers) : nullptr;
   a.sums = sums.element_count() ? of_layer(sums, layer, layers) : nullptr;
+  a.table = table.element_count() ? of_layer(table, layer, layers) : nullptr;
   a.bias = optional(bias);
   if (fixed) a.input_scale = of_layer(grid, layer, layers)[0];
   if (fixed) a.input_zero = of_layer(grid, layer, layers)[1];
@@ -66,8 +72,8 @@ struct Options {
 };
 
 ffi::Error run_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U8> w,
-                      Floats4 scale, Floats4 zero, Floats4 sums, Floats1 bias, Floats2 grid,
-                      ffi::BufferR0<ffi::S32> index, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
+                      Floats4 scale, Floats4 zero, Floats4 sums, Floats2 table, Floats1 bias,
+                      Floats2 grid, ffi::BufferR0<ffi::S32> index, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
                       int64_t inputs, int64_t input_bits, int64_t symmetric, int64_t activation) {
   auto xd = x.dimensions(), yd = y->dimensions();
   if (!is_real(x) || !is_real(*y)) return wrong("matmul: only float32 and bfloat16");
@@ -77,7 +83,7 @@ ffi::Error run_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi:
   Matmul a{};
   a.m = xd[0], a.k = xd[1], a.n = yd[1];
   Options{bits, inputs, input_bits, symmetric, activation}.apply(a, x, y);
-  const char* what = take_packed(a, w, scale, zero, sums, bias, grid, index);
+  const char* what = take_packed(a, w, scale, zero, sums, table, bias, grid, index);
   if (!what) what = check(a);
   if (what) return wrong(std::string("matmul: ") + what);
   matmul(a, XlaPool(pool));
@@ -85,7 +91,7 @@ ffi::Error run_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi:
 }
 
 ffi::Error run_conv(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U8> w, Floats4 scale,
-                    Floats4 zero, Floats4 sums, Floats1 bias, Floats2 grid,
+                    Floats4 zero, Floats4 sums, Floats2 table, Floats1 bias, Floats2 grid,
                     ffi::BufferR0<ffi::S32> index, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
                     int64_t inputs, int64_t input_bits, int64_t symmetric, int64_t activation,
                     ffi::Span<const int64_t> geometry) {
@@ -102,7 +108,7 @@ ffi::Error run_conv(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR4<ffi::U
   Matmul& a = c.product;
   a.m = yd[0] * yd[1] * yd[2], a.k = g[0] * g[1] * (xd[3] / c.groups), a.n = yd[3];
   Options{bits, inputs, input_bits, symmetric, activation}.apply(a, x, y);
-  const char* what = take_packed(a, w, scale, zero, sums, bias, grid, index);
+  const char* what = take_packed(a, w, scale, zero, sums, table, bias, grid, index);
   if (!what) what = check(c);
   if (what) return wrong(std::string("conv: ") + what);
   conv(c, XlaPool(pool));
@@ -117,6 +123,7 @@ auto packed_binding() {
       .Arg<Floats4>()
       .Arg<Floats4>()
       .Arg<Floats4>()
+      .Arg<Floats2>()
       .Arg<Floats1>()
       .Arg<Floats2>()
       .Arg<ffi::BufferR0<ffi::S32>>()

@@ -24,6 +24,10 @@ JOM_INLINE Bytes shift_up(Bytes a) {
 JOM_INLINE Bytes either(Bytes a, Bytes b) {
   return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
 }
+JOM_INLINE Bytes lookup(const uint8_t* table, Bytes at) {
+  __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(t, at.lo), _mm256_shuffle_epi8(t, at.hi)};
+}
 JOM_INLINE Ints ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 JOM_INLINE Ints joined(Ints high, Ints low) {
   return {_mm256_add_epi32(_mm256_slli_epi32(high.lo, 8), low.lo),

@@ -15,6 +15,11 @@ JOM_INLINE Bytes bits_of(Bytes a, uint8_t mask) {
 template <int N>
 JOM_INLINE Bytes shift_up(Bytes a) { return {_mm512_slli_epi16(a.v, N)}; }
 JOM_INLINE Bytes either(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+// The bytes of a table of 16 at indices below 16.
+JOM_INLINE Bytes lookup(const uint8_t* table, Bytes at) {
+  __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+  return {_mm512_shuffle_epi8(t, at.v)};
+}
 JOM_INLINE Ints ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 // 256 high + low.
 JOM_INLINE Ints joined(Ints high, Ints low) {

@@ -19,6 +19,9 @@ JOM_INLINE Bytes bits_of(Bytes a, uint8_t mask) {
 template <int N>
 JOM_INLINE Bytes shift_up(Bytes a) { JOM_EACH(Bytes, vshlq_n_u8(a.v[i], N)) }
 JOM_INLINE Bytes either(Bytes a, Bytes b) { JOM_EACH(Bytes, vorrq_u8(a.v[i], b.v[i])) }
+JOM_INLINE Bytes lookup(const uint8_t* table, Bytes at) {
+  JOM_EACH(Bytes, vqtbl1q_u8(vld1q_u8(table), at.v[i]))
+}
 JOM_INLINE Ints ints(int32_t x) { JOM_EACH(Ints, vdupq_n_s32(x)) }
 JOM_INLINE Ints joined(Ints high, Ints low) {
   JOM_EACH(Ints, vaddq_s32(vshlq_n_s32(high.v[i], 8), low.v[i]))

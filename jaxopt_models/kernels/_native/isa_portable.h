@@ -16,6 +16,10 @@ JOM_INLINE Bytes bits_of(Bytes a, uint8_t mask) { return {(a.v >> N) & mask}; }
 template <int N>
 JOM_INLINE Bytes shift_up(Bytes a) { return {a.v << N}; }
 JOM_INLINE Bytes either(Bytes a, Bytes b) { return {a.v | b.v}; }
+JOM_INLINE Bytes lookup(const uint8_t* table, Bytes at) {
+  for (int i = 0; i < 64; i++) at.v[i] = table[at.v[i]];
+  return at;
+}
 JOM_INLINE Ints ints(int32_t x) { return {Ints{}.v + x}; }
 JOM_INLINE Ints joined(Ints high, Ints low) { return {high.v * 256 + low.v}; }
 // A call, or tiles take minutes to compile.

@@ -126,7 +126,7 @@ def _operation(
         return call(x, codes, *rest, **options.attributes(), geometry=np.array(geometry, np.int64))
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
-        x, codes, scale, zero, sums, bias, limits, index = operands
+        x, codes, scale, zero, sums, table, bias, limits, index = operands
         batch, last = axis_of(x, 0), axis_of(codes, 1)
         if not even or codes.shape[1] % count_of(mesh, last) or names_of(last) & names_of(batch):
             last = None
@@ -134,6 +134,7 @@ def _operation(
             placed(mesh, x, batch, None, None, None),
             placed(mesh, codes, None, last, None, None),
             *(placed(mesh, a, None, last, None, None) for a in (scale, zero, sums)),
+            placed(mesh, table, None, None),
             placed(mesh, bias, last),
             placed(mesh, limits, None, None),
             placed(mesh, index),
@@ -141,5 +142,7 @@ def _operation(
         return mesh, run, NamedSharding(mesh, PartitionSpec(batch, None, None, last)), places
 
     result = "(p q)" if even else "n"
-    rule = f"m y x k, l p c b, l p g q, d0 d1 d2 d3, e0 e1 e2 e3, h, i0 i1, -> m v u {result}"
+    rule = (
+        f"m y x k, l p c b, l p g q, d0 d1 d2 d3, e0 e1 e2 e3, f0 f1, h, i0 i1, -> m v u {result}"
+    )
     return by_rows(run, rule=rule, partition=partition)

@@ -9,7 +9,8 @@
 
 namespace jom {
 
-// Weights of a depthwise convolution as whole numbers: [window][channels], less offset and zero.
+// Weights of a depthwise convolution as whole numbers: [window][channels], less offset and zero; or
+// the values of a table.
 inline void depthwise_weights(const Matmul& p, float* to) {
   const int per = 8 / p.bits, offset = 1 << (p.bits - 1);
   for (int64_t k = 0; k < p.k; k++) {
@@ -24,7 +25,7 @@ inline void depthwise_weights(const Matmul& p, float* to) {
         q = w[s / per * line + at] >> (p.bits * (s % per)) & ((1 << p.bits) - 1);
       }
       const float zero = p.zero ? p.zero[c / kPanel * kPanel + c % kPanel] : 0.0f;
-      to[k * p.n + c] = (float)(q - offset) - zero;
+      to[k * p.n + c] = p.table ? p.table[q] : (float)(q - offset) - zero;
     }
   }
 }

@@ -90,7 +90,7 @@ def _operation(found: Loaded, options: Options) -> Any:
         return call(x, codes, *rest, **{**options.attributes(), **changed})
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
-        x, codes, scale, zero, sums, bias, limits, index = operands
+        x, codes, scale, zero, sums, table, bias, limits, index = operands
         rows, last, first = axis_of(x, 0), axis_of(codes, 1), axis_of(codes, 2)
         groups = scale.shape[2]
         # What is filled up is at the end, and rows that are rounded whole stay together.
@@ -109,6 +109,7 @@ def _operation(found: Loaded, options: Options) -> Any:
             placed(mesh, x, rows, first),
             placed(mesh, codes, None, last, first, None),
             *(placed(mesh, a, *side) for a in (scale, zero, sums)),
+            placed(mesh, table, None, None),
             placed(mesh, bias, last),
             placed(mesh, limits, None, None),
             placed(mesh, index),
@@ -117,8 +118,8 @@ def _operation(found: Loaded, options: Options) -> Any:
         def local(x: Any, codes: Any, *rest: Any) -> Any:
             if first is None:
                 return run(x, codes, *rest)
-            scale, zero, sums, bias, *others = rest
-            y = run(x, codes, scale, zero, sums, bias[:0], *others, activation=np.int64(0))
+            scale, zero, sums, table, bias, *others = rest
+            y = run(x, codes, scale, zero, sums, table, bias[:0], *others, activation=np.int64(0))
             y = jax.lax.psum(y, first)
             y = y + bias.astype(y.dtype).reshape(1, -1) if bias.size else y
             return ACTIVATIONS[options.activation](y)
@@ -126,5 +127,5 @@ def _operation(found: Loaded, options: Options) -> Any:
         return mesh, local, NamedSharding(mesh, PartitionSpec(rows, last)), places
 
     result = "(p q)" if even else "n"
-    rule = f"m k, l p c b, l p g q, d0 d1 d2 d3, e0 e1 e2 e3, h, i0 i1, -> m {result}"
+    rule = f"m k, l p c b, l p g q, d0 d1 d2 d3, e0 e1 e2 e3, f0 f1, h, i0 i1, -> m {result}"
     return by_rows(run, rule=rule, partition=partition)

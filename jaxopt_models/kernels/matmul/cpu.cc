@@ -6,6 +6,9 @@
 // what a dot product of bytes takes. Inputs that are not to be rounded become two such bytes,
 // 256 hi + lo, with a scale for every run of at most 256: 16 bits, of which products with bytes
 // are exact. So one kernel computes with integers whatever the inputs are.
+//
+// Codes of a table stand for 16 bits of its largest value, two bytes as well. Of the four products of
+// bytes the least is left out: it is below 2^-16 of the greatest.
 #include "cpu.h"
 
 #include <algorithm>
@@ -23,7 +26,21 @@ struct Job {
   const Matmul& a;
   const Rounded& x;
   int64_t row;  // that the codes start with
+  // The values of a table as bytes, each 128 more; and what the lowest bit of both stands for.
+  uint8_t high[16], low[16];
+  float step;
 };
+
+void take_table(Job& j) {
+  float most = 0.0f;
+  for (int i = 0; i < 16; i++) most = std::max(most, std::fabs(j.a.table[i]));
+  j.step = most > 0.0f ? most / kSixteenBits : 1.0f;
+  for (int i = 0; i < 16; i++) {
+    const int32_t c = (int32_t)std::nearbyint(j.a.table[i] / j.step), h = (c + 128) >> 8;
+    j.high[i] = (uint8_t)(h + 128);
+    j.low[i] = (uint8_t)(c - h * 256 + 128);
+  }
+}
 
 // Adds the products of a chunk to the accumulators of a tile.
 template <int BITS, int D, int MR, int NV>
@@ -64,26 +81,50 @@ __attribute__((noinline)) void finish(const Matmul& a, const Floats* f, int heig
   }
 }
 
+// The same where codes stand for the values of a table: 256 acc[0] + acc[1] is the sum of the
+// products, in steps of the table and, of inputs that are two bytes, of 256 of theirs.
+template <int D, int MR, int NV>
+JOM_INLINE void add_table_chunk(Ints (&acc)[2][MR][NV], const Job& j, const uint8_t* p,
+                                const int8_t* a) {
+  each_step<4, NV>(p, [&](int s, const Vectors<NV>& w) __attribute__((always_inline)) {
+    JOM_UNROLL
+    for (int v = 0; v < NV; v++) {
+      const Bytes high = lookup(j.high, w[v]), low = lookup(j.low, w[v]);
+      JOM_UNROLL
+      for (int r = 0; r < MR; r++) {
+        int32_t four[D];
+        for (int d = 0; d < D; d++) std::memcpy(&four[d], a + 4 * ((s * D + d) * MR + r), 4);
+        acc[0][r][v] = dot4(acc[0][r][v], high, four[0]);
+        acc[1][r][v] = dot4(acc[1][r][v], low, four[0]);
+        if constexpr (D == 2) acc[1][r][v] = dot4(acc[1][r][v], high, four[1]);
+      }
+    }
+  });
+}
+
 // Rows `row` to `row + MR` times vectors `first` to `first + NV` of a panel.
-template <int BITS, int D, int MR, int NV>
+template <int BITS, int D, int MR, int NV, bool TABLE>
 void tile(const Job& j, int64_t panel, int first, int64_t row) {
   const Matmul& a = j.a;
   const Rounded& x = j.x;
-  const int offset = 1 << (BITS - 1);
+  constexpr int offset = TABLE ? 128 : 1 << (BITS - 1), A = TABLE ? 2 : D;
   const int64_t per_segment = x.segment / kChunk, segments = x.segments, local = row - j.row;
   const int8_t* codes = x.codes + local * a.chunks * kChunk * D;
   const uint8_t* w = a.w + panel * a.chunks * (BITS * kPanel * 4) + first * 64;
   const int64_t side = panel * a.groups * kPanel + first * kLanes;
 
   Floats f[MR][NV];
-  Ints acc[D][MR][NV];
+  Ints acc[A][MR][NV];
   for (int64_t s = 0; s < segments; s++) {
     const int32_t* totals = x.totals + (local * segments + s) * D;
     JOM_UNROLL
-    for (int d = 0; d < D; d++) {
+    for (int d = 0; d < A; d++) {
       JOM_UNROLL
       for (int r = 0; r < MR; r++) {
-        Ints start = ints(-offset * totals[r * segments * D + d]);
+        const int32_t* t = totals + r * segments * D;
+        // The second sum of a table is of all bytes of inputs.
+        const int32_t total = !TABLE ? t[d] : d && D == 2 ? t[0] + t[1] : t[0];
+        Ints start = ints(-offset * total);
         JOM_UNROLL
         for (int v = 0; v < NV; v++) acc[d][r][v] = start;
       }
@@ -97,19 +138,26 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
           for (int v = 0; v < NV; v++) __builtin_prefetch(p + i * kPanel * 4 + v * 64 + 4096);
         }
       }
-      add_chunk<BITS, D, MR, NV>(acc, p, codes + c * (4 * kSteps * D * MR));
+      const int8_t* x_codes = codes + c * (4 * kSteps * D * MR);
+      if constexpr (TABLE) {
+        add_table_chunk<D, MR, NV>(acc, j, p, x_codes);
+      } else {
+        add_chunk<BITS, D, MR, NV>(acc, p, x_codes);
+      }
     }
     const int64_t g = a.groups == 1 ? 0 : s * x.segment / (a.chunks * kChunk / a.groups);
     JOM_UNROLL
     for (int r = 0; r < MR; r++) {
-      const float u = x.scales[(local + r) * segments + s];
+      float u = x.scales[(local + r) * segments + s];
+      if constexpr (TABLE) u = u * (D == 2 ? 256.0f * j.step : j.step);
       const int32_t* t = totals + r * segments * D;
       const float total = (float)(D == 2 ? 256 * t[0] + t[D - 1] : t[0]);
       JOM_UNROLL
       for (int v = 0; v < NV; v++) {
         const int64_t at = side + g * kPanel + v * kLanes;
         // At most 2^31: 256 inputs of 16 bits times codes of 8, less their offset.
-        Floats y = to_floats(D == 2 ? joined(acc[0][r][v], acc[D - 1][r][v]) : acc[0][r][v]);
+        Floats y = to_floats(D == 2 ? joined(acc[0][r][v], acc[A - 1][r][v]) : acc[0][r][v]);
+        if constexpr (TABLE && D == 1) y = y * floats(256.0f) + to_floats(acc[1][r][v]);
         if (a.zero) y = y - load(a.zero + at) * floats(total);
         if (a.sums) y = y - floats(x.zeros[local + r]) * load(a.sums + at);
         y = y * floats(u) * load(a.scale + at);
@@ -120,37 +168,39 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
   finish(a, &f[0][0], MR, NV, row, panel * kPanel + first * kLanes);
 }
 
-template <int BITS, int D, int MR, int NV>
+template <int BITS, int D, int MR, int NV, bool TABLE>
 void tiles(const Job& j, int64_t panel, int64_t row) {
   const int64_t from = j.a.first - panel * kPanel, to = j.a.last - panel * kPanel;
   for (int first = 0; first < kVectors; first += NV) {
     if (first * kLanes < to && (first + NV) * kLanes > from) {
-      tile<BITS, D, MR, NV>(j, panel, first, row);
+      tile<BITS, D, MR, NV, TABLE>(j, panel, first, row);
     }
   }
 }
 
-template <int BITS, int D>
+template <int BITS, int D, bool TABLE = false>
 void rows(const Job& j, int64_t panel, int64_t row, int height) {
   // Accumulators of a tile fit the registers: 32 of 16 lanes, or 16 of 8.
+  constexpr bool both = D == 2 || TABLE;
 #if JOM_AVX512
-  constexpr int one = 4, few = D == 1 ? 4 : 2, most = D == 1 ? 4 : 2;
+  constexpr int one = 4, few = both ? 2 : 4, most = both ? 2 : 4;
 #elif JOM_PORTABLE
   constexpr int one = 1, few = 1, most = 1;
 #else
-  constexpr int one = D == 1 ? 4 : 2, few = 1, most = 1;
+  constexpr int one = both ? 2 : 4, few = 1, most = 1;
 #endif
   switch (height) {
-    case 1: return tiles<BITS, D, 1, one>(j, panel, row);
-    case 2: return tiles<BITS, D, 2, few>(j, panel, row);
-    case 4: return tiles<BITS, D, 4, few>(j, panel, row);
+    case 1: return tiles<BITS, D, 1, one, TABLE>(j, panel, row);
+    case 2: return tiles<BITS, D, 2, few, TABLE>(j, panel, row);
+    case 4: return tiles<BITS, D, 4, few, TABLE>(j, panel, row);
     default:
-      if constexpr (BITS == 8) return tiles<BITS, D, kMostRows, most>(j, panel, row);
+      if constexpr (BITS == 8) return tiles<BITS, D, kMostRows, most, TABLE>(j, panel, row);
   }
 }
 
 template <int D>
 void rows(const Job& j, int64_t panel, int64_t row, int height) {
+  if (j.a.table) return rows<4, D, true>(j, panel, row, height);
   switch (j.a.bits) {
     case 1: return rows<1, D>(j, panel, row, height);
     case 2: return rows<2, D>(j, panel, row, height);
@@ -188,6 +238,9 @@ const char* check(const Matmul& a) {
   }
   // Products of codes of at most 255 and 128 are added up in 32 bits.
   if (a.inputs != Inputs::kFloat && a.k / a.groups > 65536) return "more than 65536 inputs a group";
+  if (a.table && (a.bits != 4 || a.zero || a.sums)) {
+    return "a table has codes of 4 bits, and no zero points";
+  }
   if (a.first < 0 || a.last > a.n) return "columns beyond the weights";
   const bool shifted = a.inputs == Inputs::kRowPair ||
                        (a.inputs == Inputs::kStatic && !a.input_symmetric);
@@ -243,7 +296,8 @@ void products(const Matmul& a, const Prepare& prepare, const Pool& pool) {
       }
     }
     starts.push_back(count);
-    const Job j{a, x, start};
+    Job j{a, x, start, {}, {}, 1.0f};
+    if (a.table) take_table(j);
     auto work = [&](int64_t i) {
       for (int b = starts[i / panels]; b < starts[i / panels + 1]; b++) {
         auto [row, height] = blocks[b];

@@ -38,6 +38,7 @@ struct Matmul {
   const float* scale;      // [panels, groups, 64]
   const float* zero;       // likewise, in codes less 2^(bits - 1); or null
   const float* sums;       // likewise: sums of codes less zero; for kRowPair, kStatic with a zero
+  const float* table;      // [16]: values by code, where codes are 4 bits without offset; or null
   const float* bias;       // [n] or null
   Inputs inputs;
   int input_bits;
