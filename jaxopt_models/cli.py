@@ -36,7 +36,8 @@ errors go to standard error. Without a terminal there are no control codes, and 
 lines. ``--debug`` shows the traceback of an error.
 
 Exit codes: 0 done; 1 ``verify`` found the file damaged or unsound, or there are no kernels; 2 bad
-input or no room to work, with one line that says what; 130 interrupted; 141 the reader of the output went away.
+input or no room to work, with one line that says what; 130 interrupted; 141 the reader of the
+output went away.
 """
 
 from __future__ import annotations
