@@ -20,7 +20,6 @@ def by_rows(
     *,
     rule: str,
     partition: Callable[..., Any],
-    **factors: int,
 ) -> Callable[..., jax.Array]:
     """Makes an operation of rows and weights, `run(x, *rest)`, one that transformations know.
 
@@ -31,13 +30,12 @@ def by_rows(
       run: from rows `[m, ...]` and the other operands to rows `[m, ...]`.
       rule: how dimensions of the operands and the result correspond.
       partition: as `custom_partitioning` takes it.
-      **factors: sizes of the factors in ``rule`` that no dimension gives.
 
     Returns:
       The operation.
     """
     divided = custom_partitioning(lambda *operands: run(*operands))
-    divided.def_partition(partition=partition, sharding_rule=rule, **factors)
+    divided.def_partition(partition=partition, sharding_rule=rule)
     mapped = custom_vmap(lambda *operands: divided(*operands))
 
     @mapped.def_vmap
