@@ -21,6 +21,9 @@ namespace {
 
 constexpr int kMostRows = 6;  // of a tile, where codes are whole bytes
 constexpr int kFewRows = 4;   // and where they are unpacked in it
+// Weights that stay in the cache of a core; and the least blocks of rows that a thread then takes.
+constexpr int64_t kNearBytes = 768 << 10;
+constexpr int kBlocksAtOnce = 2;
 
 struct Job {
   const Matmul& a;
@@ -59,6 +62,14 @@ JOM_INLINE void add_chunk(Ints (&acc)[D][MR][NV], const uint8_t* p, const int8_t
 // Adds the bias to a tile, applies the activation function, and stores what lies within the columns.
 __attribute__((noinline)) void finish(const Matmul& a, const Floats* f, int height, int vectors,
                                       int64_t row, int64_t column) {
+  if (column >= a.first && column + vectors * kLanes <= a.last && !a.y_bf16 && !a.bias &&
+      a.act == Activation::kNone) {
+    for (int r = 0; r < height; r++) {
+      float* to = (float*)a.y + (row + r) * a.n + column;
+      for (int v = 0; v < vectors; v++) store(to + v * kLanes, f[r * vectors + v]);
+    }
+    return;
+  }
   for (int v = 0; v < vectors; v++) {
     const int64_t at = column + v * kLanes;
     if (at >= a.last) return;
@@ -113,7 +124,9 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
   const uint8_t* w = a.w + panel * a.chunks * (BITS * kPanel * 4) + first * 64;
   const int64_t side = panel * a.groups * kPanel + first * kLanes;
 
-  Floats f[MR][NV];
+  Floats sums[MR * NV], *f = sums;
+  // In memory, not in registers, which the accumulators need.
+  asm("" : "+r"(f) : : "memory");
   Ints acc[A][MR][NV];
   for (int64_t s = 0; s < segments; s++) {
     const int32_t* totals = x.totals + (local * segments + s) * D;
@@ -146,6 +159,18 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
       }
     }
     const int64_t g = a.groups == 1 ? 0 : s * x.segment / (a.chunks * kChunk / a.groups);
+    if (!TABLE && segments == 1 && !a.zero && !a.sums) {  // nothing but the scales
+      JOM_UNROLL
+      for (int r = 0; r < MR; r++) {
+        const Floats u = floats(x.scales[local + r]);
+        JOM_UNROLL
+        for (int v = 0; v < NV; v++) {
+          const Floats y = to_floats(D == 2 ? joined(acc[0][r][v], acc[A - 1][r][v]) : acc[0][r][v]);
+          f[r * NV + v] = y * u * load(a.scale + side + v * kLanes);
+        }
+      }
+      break;
+    }
     JOM_UNROLL
     for (int r = 0; r < MR; r++) {
       float u = x.scales[(local + r) * segments + s];
@@ -161,11 +186,11 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
         if (a.zero) y = y - load(a.zero + at) * floats(total);
         if (a.sums) y = y - floats(x.zeros[local + r]) * load(a.sums + at);
         y = y * floats(u) * load(a.scale + at);
-        f[r][v] = s ? f[r][v] + y : y;
+        f[r * NV + v] = s ? f[r * NV + v] + y : y;
       }
     }
   }
-  finish(a, &f[0][0], MR, NV, row, panel * kPanel + first * kLanes);
+  finish(a, f, MR, NV, row, panel * kPanel + first * kLanes);
 }
 
 template <int BITS, int D, int MR, int NV, bool TABLE>
@@ -279,15 +304,39 @@ void products(const Matmul& a, const Prepare& prepare, const Pool& pool) {
       auto [row, height] = blocks[b];
       prepare(row, height, x.from(row - start, padded));
     };
+    Job j{a, x, start, {}, {}, 1.0f};
+    if (a.table) take_table(j);
+    auto product = [&](int b, int64_t p) {
+      auto [row, height] = blocks[b];
+      digits == 1 ? rows<1>(j, panel + p, row, height) : rows<2>(j, panel + p, row, height);
+    };
+    // Runs of blocks, one after another or shared out.
+    auto runs = [&](int pieces, bool alone, auto&& f) {
+      auto run = [&](int p) { f(count * p / pieces, count * (p + 1) / pieces); };
+      if (alone) {
+        for (int p = 0; p < pieces; p++) run(p);
+      } else {
+        pool.each(pieces, run);
+      }
+    };
     // A short piece of work is done before a thread has woken up.
-    if ((stop - start) * a.k < 16384) {
-      for (int b = 0; b < count; b++) prepared(b);
-    } else {
-      const int pieces = std::min(count, 4 * pool.threads());
-      pool.each(pieces, [&](int p) {
-        for (int b = count * p / pieces; b < count * (p + 1) / pieces; b++) prepared(b);
-      });
+    const bool few = (stop - start) * padded * (a.last - a.first) < (1 << 17);
+    if (few || (panels * a.chunks * kPanel * 4 * a.bits <= kNearBytes &&
+                count >= kBlocksAtOnce * pool.threads())) {
+      // All weights stay near a core: it takes rows from one end to the other.
+      runs(few ? 1 : std::min(count / kBlocksAtOnce, 16 * pool.threads()), few,
+           [&](int from, int to) {
+             for (int b = from; b < to; b++) prepared(b);
+             for (int64_t p = 0; p < panels; p++) {
+               for (int b = from; b < to; b++) product(b, p);
+             }
+           });
+      continue;
     }
+    const bool short_rows = (stop - start) * a.k < 16384;
+    runs(short_rows ? 1 : std::min(count, 4 * pool.threads()), short_rows, [&](int from, int to) {
+      for (int b = from; b < to; b++) prepared(b);
+    });
 
     std::vector<int> starts;  // of the parts, as blocks
     for (int b = 0; b < count; b++) {
@@ -296,24 +345,13 @@ void products(const Matmul& a, const Prepare& prepare, const Pool& pool) {
       }
     }
     starts.push_back(count);
-    Job j{a, x, start, {}, {}, 1.0f};
-    if (a.table) take_table(j);
-    auto work = [&](int64_t i) {
-      for (int b = starts[i / panels]; b < starts[i / panels + 1]; b++) {
-        auto [row, height] = blocks[b];
-        digits == 1 ? rows<1>(j, panel + i % panels, row, height)
-                    : rows<2>(j, panel + i % panels, row, height);
-      }
-    };
     const int64_t items = (int64_t)(starts.size() - 1) * panels;
-    if ((stop - start) * padded * (a.last - a.first) < (1 << 17)) {
-      for (int64_t i = 0; i < items; i++) work(i);
-      continue;
-    }
     // Neighbouring panels go together, as a thread reads them in one stream.
     const int64_t pieces = std::min<int64_t>(items, 8 * pool.threads());
     pool.each((int)pieces, [&](int p) {
-      for (int64_t i = items * p / pieces; i < items * (p + 1) / pieces; i++) work(i);
+      for (int64_t i = items * p / pieces; i < items * (p + 1) / pieces; i++) {
+        for (int b = starts[i / panels]; b < starts[i / panels + 1]; b++) product(b, i % panels);
+      }
     });
   }
 }
