@@ -149,11 +149,10 @@ def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
         stored = _entries(use) * each
         seconds = _seconds(use, use.kernel, leaf, limits)
         return before, Cost.of(moved + stored / 8, seconds, limits)
-    whole = _all(use)
-    stored = whole * each
-    if _is_product(use):
-        # Written once it is rebuilt, and read by the product.
-        stored += 2 * whole * _bits(leaf)
+    stored = _entries(use) * each
+    if use.multiply_adds:
+        # Written once it is rebuilt, and read by the product. Elsewhere XLA fuses the two.
+        stored += 2 * _entries(use) * _bits(leaf)
     return before, Cost.of(moved + stored / 8, arithmetic, limits)
 
 
@@ -191,24 +190,19 @@ def _bits(leaf: Any) -> int:
     return array_bits(jax.ShapeDtypeStruct((), leaf.dtype))
 
 
-def _all(use: Use) -> Fraction:
-    """Returns the entries of the parameter in all runs."""
-    return math.prod(use.parameter or ()) * use.share * use.times if use.path else Fraction(0)
-
-
 def _entries(use: Use) -> Fraction:
     """Returns the entries that are read in all runs; of a lookup the rows that it finds."""
-    if _is_lookup(use):
-        return math.prod(use.output) * use.share * use.times
-    return _all(use)
+    if not use.path:
+        return Fraction(0)
+    return math.prod(use.output if _is_lookup(use) else use.parameter) * use.share * use.times
 
 
 def _rows(use: Use) -> int:
     """Returns the rows that the parameter meets in one run; positions, for a convolution."""
     if _is_lookup(use):
         return math.prod(use.input)
-    size = _all(use)
-    return int(use.multiply_adds / size) if size else 0
+    entries = _entries(use)
+    return int(use.multiply_adds / entries) if entries else 0
 
 
 def _moved(use: Use) -> Fraction:
