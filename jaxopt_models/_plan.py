@@ -209,4 +209,8 @@ def _sums(speed: Speed, times: tuple[float, float] | None) -> list[str]:
 
 def _change(before: float, after: float) -> str:
     gain = f", {before / after:.2f} times faster" if after else ""
-    return f"{1e6 * before:,.4g} -> {1e6 * after:,.4g} us a call{gain}"
+    return f"{_microseconds(before)} -> {_microseconds(after)} us a call{gain}"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:,.0f}" if seconds >= 1e-4 else f"{1e6 * seconds:.3g}"
