@@ -88,7 +88,7 @@ def explore(
         return [x for x in out if not is_tracked(x)]
 
     jax.eval_shape(run, arrays)
-    used = {use.path for use in walk.uses.values()}
+    used = {use.path for use in walk.uses.values() if use.position is not None}
     return walk, notes | {path: why for path, why in walk.lost.items() if path not in used}
 
 
@@ -104,7 +104,7 @@ class Use:
       times: how often it runs.
       multiply_adds: of all runs.
       where: the loop or branch it is in, where that matters for counts.
-      position: which operand the parameter is.
+      position: which operand the parameter is, ``None`` if it meets none.
       axes: of the parameter, in words.
       parameter, input: shapes, ``None`` where there is no such operand.
       share: how much of the operand the parameter is.
@@ -219,7 +219,7 @@ class Explaining(Walk):
         where += ["in a branch"] if "cond" in around else []
         trail, costs = self.trail(eqn), multiply_adds(eqn)
         scope = scope_of(*self.around, eqn)
-        self.totals[trail] = costs * self.times, bool(which[0])
+        self.totals[trail] = costs * self.times, "position" in known
         self.uses[trail, which] = Use(
             path=which[0],
             eqn=eqn,

@@ -120,8 +120,8 @@ def plan(
     speed = speed_of(fn, small, args, device)
     times = measured(fn, params, small, args) if measure else None
     rows = [
-        (*row[:-1], *speed.cells(row[0]), _note(row[-1], speed, row[0], leaf, device))
-        for row, leaf in zip(rows, values, strict=True)
+        (*row[:-1], *speed.cells(row[0]), _note(row[-1], speed, row[0], hidden, device))
+        for row, hidden in zip(rows, [not measure and _has_mask(x) for x in values], strict=True)
     ]
     notes += [f"limits of {device}", *_sums(speed, times)]
     expected = [cost.seconds for cost in speed.total()]
@@ -180,12 +180,12 @@ def _roles(shape: tuple[int, ...], axes: Axes | None) -> str:
 # ------------------------------------------------------------------ what is said of the speed
 
 
-def _note(note: str, speed: Speed, path: str, leaf: Any, device: Limits) -> str:
-    """Returns the note of a parameter with what there is to say of its speed."""
+def _note(note: str, speed: Speed, path: str, hidden: bool, device: Limits) -> str:
+    """Returns a note with what there is to say of the speed; ``hidden`` if a mask is not known."""
     why = speed.why.get(path, "")
     if why and device.platform != "cpu":
         why = f"kernels are for CPUs; XLA on {device.platform} reads it as it is stored"
-    elif why and _has_mask(leaf):
+    elif why and hidden:
         why += "; which kernel there is depends on what the mask keeps: measure=True looks"
     return "; ".join(filter(None, (note, why, *speed.notes(path))))
 
@@ -195,7 +195,7 @@ def _has_mask(x: Any) -> bool:
 
 
 def _sums(speed: Speed, times: tuple[float, float] | None) -> list[str]:
-    between = sum(u.multiply_adds for u in speed.uses.get("", []))
+    between = sum(u.multiply_adds for u in speed.uses.get(None, []))
     before, after = speed.total()
     lines = [
         f"expected: {_change(before.seconds, after.seconds)}; both with {between:,} multiply-adds "

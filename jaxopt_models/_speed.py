@@ -66,16 +66,16 @@ class Speed:
     """What a program costs with dense and with compressed parameters.
 
     Args:
-      uses: of each parameter, by path; those of none under ``""``.
+      uses: of each parameter, by path; products of other values under ``None``.
       costs: before and after of each path that has uses.
       unused: why a parameter has none.
       why: why a compressed parameter meets no kernel, by path.
     """
 
-    uses: dict[str, list[Use]]
-    costs: dict[str, tuple[Cost, Cost]]
+    uses: dict[str | None, list[Use]]
+    costs: dict[str | None, tuple[Cost, Cost]]
     unused: dict[str, str]
-    why: dict[str, str]
+    why: dict[str | None, str]
 
     def total(self) -> tuple[Cost, Cost]:
         """Returns what all of it costs before and after."""
@@ -123,12 +123,14 @@ def speed_of(fn: Callable[..., Any], small: Any, args: Sequence[Any], limits: Li
     """
     walk, unused = explore(fn, small, args, {}, kernels=True, who="plan")
     leaves = {p.path: p.value for p in flatten(small)[0]}
-    uses: dict[str, list[Use]] = {}
+    uses: dict[str | None, list[Use]] = {}
     for use in walk.uses.values():
-        uses.setdefault(use.path, []).append(use)
+        path = None if use.position is None else use.path
+        uses.setdefault(path, []).append(_here(use, limits))
     costs = {}
     for path, found in uses.items():
-        pairs = [_costs(use, leaves.get(path), limits) for use in found]
+        leaf = None if path is None else leaves[path]
+        pairs = [_costs(use, leaf, limits) for use in found]
         costs[path] = Cost.sum([b for b, _ in pairs]), Cost.sum([a for _, a in pairs])
     why = {
         path: "; ".join(dict.fromkeys(u.why for u in found if u.why))
@@ -137,10 +139,21 @@ def speed_of(fn: Callable[..., Any], small: Any, args: Sequence[Any], limits: Li
     return Speed(uses, costs, unused, why)
 
 
+def _here(use: Use, limits: Limits) -> Use:
+    """Returns a use as it is on the device: kernels for others do not run."""
+    kernel, names = use.kernel, {limits.platform, "cuda" if limits.platform == "gpu" else ""}
+    if kernel is None or not kernel.platforms or names & set(kernel.platforms):
+        return use
+    return dataclasses.replace(use, kernel=None, runs="rebuilt", why=f"{kernel.label} only")
+
+
 def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
     """Returns what a use costs with the dense parameter and with the leaf."""
-    moved, dense = Fraction(_moved(use)), _entries(use) * _bits(leaf)
-    arithmetic = 2 * use.multiply_adds / limits.flops
+    moved, arithmetic = _moved(use), 2 * use.multiply_adds / limits.flops
+    if leaf is None:
+        alone = Cost.of(moved, arithmetic, limits)
+        return alone, alone
+    dense = _entries(use) * array_bits(jax.ShapeDtypeStruct((), leaf.dtype))
     before = Cost.of(moved + dense / 8, arithmetic, limits)
     if not is_encoded(leaf):
         return before, before
@@ -152,7 +165,7 @@ def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
     stored = _entries(use) * each
     if use.multiply_adds:
         # Written once it is rebuilt, and read by the product. Elsewhere XLA fuses the two.
-        stored += 2 * _entries(use) * _bits(leaf)
+        stored += 2 * dense
     return before, Cost.of(moved + stored / 8, arithmetic, limits)
 
 
@@ -181,18 +194,12 @@ def _is_product(use: Use) -> bool:
 
 
 def _is_lookup(use: Use) -> bool:
-    return use.eqn.primitive.name == "gather" and use.path != ""
-
-
-def _bits(leaf: Any) -> int:
-    if leaf is None:
-        return 0
-    return array_bits(jax.ShapeDtypeStruct((), leaf.dtype))
+    return use.eqn.primitive.name == "gather" and use.position == 0
 
 
 def _entries(use: Use) -> Fraction:
     """Returns the entries that are read in all runs; of a lookup the rows that it finds."""
-    if not use.path:
+    if use.position is None:
         return Fraction(0)
     return math.prod(use.output if _is_lookup(use) else use.parameter) * use.share * use.times
 

@@ -12,10 +12,11 @@ from jax import lax
 
 import jaxopt_models as jom
 from jaxopt_models import Axes, Rule, kernels, models, prune, quant
+from jaxopt_models._device import Limits
+from jaxopt_models._speed import speed_of
 from jaxopt_models.kernels import _build, _load
 
 HAVE = bool(kernels.status().path)
-needed = pytest.mark.skipif(not HAVE, reason=f"no kernels: {kernels.status().why}")
 BOTH = jom.chain(quant.Int(bits=8), quant.Input(bits=8))
 PARAMS = {"w": jnp.ones((64, 128)), "b": jnp.ones(128)}
 X = jnp.ones((3, 64))
@@ -49,7 +50,7 @@ def test_a_product_by_hand():
         both = w[f"bytes {when}"] / limits["bandwidth"], 2 * w["multiply-adds"] / rate
         assert w[f"us {when}"] == pytest.approx(1e6 * max(both))
         assert ("memory", "arithmetic")[both[1] > both[0]] in w["bound"]
-    assert w["gain"] == w["us before"] / w["us after"]
+    assert w["gain"] == pytest.approx(w["us before"] / w["us after"])
     assert w["kernel"] == ("packed matmul" if HAVE else "rebuilt")
     # An addition is fused with others: only the parameter counts, and nothing becomes of it.
     assert (b["kernel"], b["rows"], b["gain"], bytes_of(b)) == ("dense", 0, 1, (512, 512))
@@ -83,6 +84,17 @@ def test_wide_inputs_and_tables_cost_several_products_of_bytes(encoder):
         products = 3 if isinstance(encoder, quant.NF4) else 2
         seconds = products * 2 * rows["w"]["multiply-adds"] / table.data["limits"]["integer_ops"]
         memory = rows["w"]["bytes after"] / table.data["limits"]["bandwidth"]
+        assert rows["w"]["us after"] == pytest.approx(1e6 * max(seconds, memory))
+
+
+def test_signs_have_a_limit_of_their_own():
+    x = jnp.ones((4096, 64))
+    table, rows = planned(PARAMS, [Rule("w", quant.XNOR())], affine, x)
+    assert rows["w"]["kernel"] == ("binary matmul" if HAVE else "rebuilt")
+    if HAVE:
+        limits = table.data["limits"]
+        seconds = 2 * rows["w"]["multiply-adds"] / limits["sign_ops"]
+        memory = rows["w"]["bytes after"] / limits["bandwidth"]
         assert rows["w"]["us after"] == pytest.approx(1e6 * max(seconds, memory))
 
 
@@ -193,6 +205,22 @@ def test_what_is_no_parameter_and_what_is_compressed_already():
     assert table.data["expected"][1] > 0
 
 
+def test_a_tree_that_is_one_array():
+    def fn(w, x):
+        return x @ w, x @ x.T
+
+    table, rows = planned(PARAMS["w"], [Rule("", BOTH)], fn, X)
+    assert rows[""]["multiply-adds"] == 3 * 64 * 128 and rows[""]["bytes before"] > 4 * 64 * 128
+    assert "both with 576 multiply-adds" in str(table)
+
+
+def test_kernels_of_another_platform_do_not_run():
+    small = jom.pack(jom.compress(PARAMS, [Rule("w", BOTH)]), target="cpu")
+    speed = speed_of(affine, small, (X,), Limits("gpu", "a GPU", 1e12, 1e13))
+    assert speed.cells("w")[2] == "rebuilt" and speed.cells("b")[2] == "dense"
+    assert speed.costs["w"][1].seconds > 0
+
+
 def test_what_is_measured():
     recipe = [Rule("w", prune.Magnitude(sparsity=0.75, structure=prune.Block(16, 1)))]
     params = {**PARAMS, "w": jax.random.normal(jax.random.key(0), (64, 128))}
@@ -201,6 +229,7 @@ def test_what_is_measured():
     assert rows["w"]["note"].endswith("depends on what the mask keeps: measure=True looks")
     table, rows = planned(params, recipe, affine, np.ones((3, 64), np.float32), measure=True)
     assert rows["w"]["kernel"] == ("sparse matmul" if HAVE else "rebuilt")
+    assert "measure=True" not in rows["w"]["note"]
     before, after = table.data["measured"]
     assert before > 0 and after > 0
     assert "measured: " in table.notes[-1] and "times faster; medians" in table.notes[-1]
@@ -254,6 +283,7 @@ def nothing_loaded(monkeypatch, tmp_path):
     """As in a process that has not looked for kernels yet, with nothing compiled before."""
     monkeypatch.setattr(_load, "_LOADED", {})
     monkeypatch.setenv("JAXOPT_MODELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAXOPT_MODELS_KERNELS", raising=False)
     _build._key.cache_clear()
     yield tmp_path
     _build._key.cache_clear()
