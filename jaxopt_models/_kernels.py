@@ -126,6 +126,14 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
     return None, why
 
 
+def names_for(leaf: Encoded) -> list[str]:
+    """Returns the kernels that multiply with a leaf that is laid out, as far as it alone says."""
+    own = [k for k in KERNELS if k.leaf is not Encoded and isinstance(leaf, k.leaf)]
+    operations = {"dot_general"} | ({"conv_general_dilated"} if leaf.ndim in (3, 4) else set())
+    found = own or [k for k in KERNELS if k.leaf is Encoded]
+    return [k.name for k in found if k.operation in operations]
+
+
 def _divided(eqn: Any, operands: Sequence[Any], position: int) -> str:
     """Says that an input is rounded over several devices, which no kernel does."""
     if not readers(operands[position]):
