@@ -93,7 +93,9 @@ def _graph(params: Any) -> Any:
     mean = g("Div", total, g("ReduceSum", weight, one, keepdims=0))
     square = g("ReduceSum", g("Mul", mean, mean), one, keepdims=1)
     g.nodes.append(helper.make_node("Div", [mean, g("Sqrt", square)], ["vectors"]))
-    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["b", "t"]) for n in ("ids", "mask")]
+    inputs = [
+        helper.make_tensor_value_info(n, TensorProto.INT64, ["b", "t"]) for n in ("ids", "mask")
+    ]
     output = helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["b", "d"])
     graph = helper.make_graph(g.nodes, "minilm", inputs, [output], g.constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -110,11 +112,15 @@ def session(quantized: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = THREADS, 1
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
-        plain, fused, small = (pathlib.Path(folder, f"{n}.onnx") for n in ("plain", "fused", "small"))
+        plain, fused, small = (
+            pathlib.Path(folder, f"{n}.onnx") for n in ("plain", "fused", "small")
+        )
         onnx.save(_graph(encoder().params), plain)
         logging.disable(logging.INFO)
         with contextlib.redirect_stdout(quiet):
-            model = optimize_model(str(plain), "bert", num_heads=HEADS, hidden_size=384, opt_level=1)
+            model = optimize_model(
+                str(plain), "bert", num_heads=HEADS, hidden_size=384, opt_level=1
+            )
             model.save_model_to_file(str(fused))
             if quantized:
                 # The types of what fused nodes return are not inferred.

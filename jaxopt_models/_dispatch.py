@@ -11,8 +11,17 @@ import jax.numpy as jnp
 
 from . import _dispatch_binary as _dispatch_binary
 from . import _dispatch_sparse as _dispatch_sparse
-from ._dispatch_shapes import no_images, no_rows, of_images, of_rows, operand
+from ._dispatch_shapes import (
+    by_channels,
+    by_columns,
+    no_images,
+    no_rows,
+    of_images,
+    of_rows,
+    operand,
+)
 from ._encoded import Encoded
+from ._epilogue import NOTHING, Tail
 from ._jaxpr import varying
 from ._kernels import KERNELS, Kernel
 from ._lookup import rows_of
@@ -57,8 +66,8 @@ def _dot_refuses(eqn: Any, values: Sequence[Any]) -> str:
     return why or no_rows(eqn, values)
 
 
-def _dot(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    return of_rows(eqn, values, matmul.matmul)
+def _dot(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
+    return of_rows(eqn, values, functools.partial(matmul.matmul, **tail.options))
 
 
 # ------------------------------------------------------------------ convolutions
@@ -70,9 +79,9 @@ def _conv_refuses(eqn: Any, values: Sequence[Any]) -> str:
     return why or no_images(eqn, values)
 
 
-def _conv(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _conv(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
     groups = eqn.params["feature_group_count"]
-    return of_images(eqn, values, functools.partial(conv.conv, groups=groups))
+    return of_images(eqn, values, functools.partial(conv.conv, groups=groups, **tail.options))
 
 
 # ------------------------------------------------------------------ lookups
@@ -109,7 +118,15 @@ def _lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 KERNELS += [
-    Kernel("packed matmul", "dot_general", Encoded, ("cpu",), _dot, _dot_refuses),
-    Kernel("packed conv", "conv_general_dilated", Encoded, ("cpu",), _conv, _conv_refuses),
+    Kernel("packed matmul", "dot_general", Encoded, ("cpu",), _dot, _dot_refuses, by_columns),
+    Kernel(
+        "packed conv",
+        "conv_general_dilated",
+        Encoded,
+        ("cpu",),
+        _conv,
+        _conv_refuses,
+        by_channels,
+    ),
     Kernel("rows alone", "gather", Encoded, (), _lookup, _lookup_refuses),
 ]

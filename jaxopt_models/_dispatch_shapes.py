@@ -85,6 +85,18 @@ def of_rows(eqn: Any, values: Sequence[Any], product: Callable[..., jax.Array]) 
     return [y.transpose(*order).astype(out.aval.dtype)]
 
 
+def by_columns(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
+    """Says whether a bias of a shape, if any, adds to the columns of a product of rows."""
+    position, seen = operand(values)
+    contract, batch = eqn.params["dimension_numbers"]
+    mine = [a for a in range(len(seen.order)) if a not in contract[position]]
+    stored = [seen.order[a] for a in mine]
+    if position != 1 or batch[position] or stored != sorted(stored):
+        return False
+    columns = tuple(eqn.invars[1].aval.shape[a] for a in mine)
+    return bias in (None, (*[1] * (len(eqn.outvars[0].aval.shape) - len(columns)), *columns))
+
+
 # ------------------------------------------------------------------ convolutions
 
 
@@ -136,6 +148,13 @@ def of_images(eqn: Any, values: Sequence[Any], conv: Callable[..., jax.Array]) -
     # From [batch, *window, outputs] to the axes of the result.
     where = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
     return [y.transpose(*(where.index(a) for a in range(y.ndim))).astype(out.aval.dtype)]
+
+
+def by_channels(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
+    """Says whether a bias of a shape, if any, adds to the outputs of a convolution."""
+    [out], channels = eqn.outvars, eqn.params["dimension_numbers"].out_spec[1]
+    shape = out.aval.shape
+    return bias in (None, tuple(n if a == channels else 1 for a, n in enumerate(shape)))
 
 
 def _as_image(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ._call import name_of, take_apart, trace
+from ._epilogue import Epilogue
 from ._jaxpr import bodies, scope_of
 from ._kernels import Kernel, pick
 from ._products import multiply_adds, product_of
@@ -153,6 +154,7 @@ class Explaining(Walk):
     """
 
     rules = ENTERING
+    fuses = True
     uses: dict[Any, Use] = dataclasses.field(default_factory=dict)
     totals: dict[Any, tuple[int, bool]] = dataclasses.field(default_factory=dict)
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -175,7 +177,23 @@ class Explaining(Walk):
             self._add(eqn, ("",), input=eqn.invars[0].aval.shape)
         return super().use(eqn, operands)
 
-    def _write(self, eqn: Any, operands: Sequence[Any], i: int, k: int, o: Any) -> None:
+    def use_all(
+        self, eqn: Any, operands: Sequence[Any], epilogue: Epilogue, bias: Any
+    ) -> list[Any]:
+        for i, x in enumerate(operands):
+            for k, o in enumerate(origins_of(x)):
+                self._write(eqn, operands, i, k, o, epilogue.label)
+        add = epilogue.equations[0]
+        if is_tracked(bias):
+            i = next(i for i, v in enumerate(add.invars) if v is epilogue.bias)
+            between = [bias if j == i else None for j in range(2)]
+            for k, o in enumerate(origins_of(bias)):
+                self._write(add, between, i, k, o)
+        return super().use_all(eqn, operands, epilogue, bias)
+
+    def _write(
+        self, eqn: Any, operands: Sequence[Any], i: int, k: int, o: Any, tail: str = ""
+    ) -> None:
         kernel, why = None, ""
         value = operands[i].value
         if packed(value):
@@ -199,6 +217,7 @@ class Explaining(Walk):
         unread = ruled or between or isinstance(product, str) or product.lookup
         if readers(value) and unread:
             notes.append("its input is not rounded here")
+        otherwise = "rebuilt" if packed(value) or o.rebuilt else "dense"
         self._add(
             eqn,
             (o.path, i, k),
@@ -208,7 +227,7 @@ class Explaining(Walk):
             input=next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None),
             share=share,
             kernel=kernel,
-            runs=kernel.label if kernel else "rebuilt" if packed(value) or o.rebuilt else "dense",
+            runs=kernel.label + tail if kernel else otherwise,
             why=why,
             notes=tuple(notes),
         )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ._encoded import Encoded, is_encoded
+from ._epilogue import Tail
 from ._products import Product, product_of
 from ._roles import Roles, roles
 from ._tracked import Deferred, is_tracked, origins_of, packed, readers, values_of
@@ -63,6 +64,8 @@ class Kernel:
       run: from the equation and its operands (arrays, and the leaf or what waits on it) to its
         outputs.
       refuses: from the same to the reason why it does not fit, or ``""``.
+      follows: from the same and the shape of a bias (``None`` for none) to whether it computes an
+        epilogue, too; ``run`` then takes it as ``tail``.
     """
 
     name: str
@@ -71,24 +74,39 @@ class Kernel:
     platforms: tuple[str, ...]
     run: Callable[..., list[Any]]
     refuses: Callable[[Any, Sequence[Any]], str] = lambda eqn, operands: ""
+    follows: Callable[[Any, Sequence[Any], Any], bool] = lambda eqn, operands, bias: False
 
     @property
     def label(self) -> str:
         """The name and where it runs; which of these it is, the compiler decides."""
         return f"{self.name} on {', '.join(self.platforms)}" if self.platforms else self.name
 
-    def on(self, eqn: Any, operands: Sequence[Any], *, otherwise: Callable[..., Any]) -> list[Any]:
+    def on(
+        self,
+        eqn: Any,
+        operands: Sequence[Any],
+        *,
+        otherwise: Callable[..., Any],
+        tail: Tail | None = None,
+    ) -> list[Any]:
         """Runs where the program is compiled for a platform of this kernel, else ``otherwise``."""
         if not self.platforms:
             return list(self.run(eqn, values_of(operands)))
 
-        def elsewhere(*values: Any) -> tuple[Any, ...]:
+        def elsewhere(bias: Any, *values: Any) -> tuple[Any, ...]:
             pairs = zip(operands, values, strict=True)
             again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
-            return tuple(otherwise(eqn, again))
+            found = otherwise(eqn, again)
+            return tuple(found if tail is None else map(tail.having(bias), found))
 
-        here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
-        return list(jax.lax.platform_dependent(*values_of(operands), default=elsewhere, **here))
+        def run(bias: Any, *values: Any) -> tuple[Any, ...]:
+            options = {} if tail is None else {"tail": tail.having(bias)}
+            return tuple(self.run(eqn, values, **options))
+
+        here = dict.fromkeys(self.platforms, run)
+        bias = None if tail is None else tail.bias
+        values = values_of(operands)
+        return list(jax.lax.platform_dependent(bias, *values, default=elsewhere, **here))
 
 
 KERNELS: list[Kernel] = []

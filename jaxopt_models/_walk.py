@@ -45,6 +45,7 @@ import jax.numpy as jnp
 
 from . import _bodies
 from ._deferred import ARITHMETIC, ENTRYWISE, LAYOUT, deferred, dynamic_slice, several, stacked
+from ._epilogue import Epilogue, Epilogues, Tail
 from ._jaxpr import bind, interpret, is_literal
 from ._kernels import pick
 from ._products import Product, multiply_adds, product_of
@@ -78,6 +79,8 @@ class Walk:
 
     collects: ClassVar[bool] = False
     kernels: ClassVar[bool] = True
+    #: Whether a kernel may compute what follows a product, too, whose equations are then not met.
+    fuses: ClassVar[bool] = False
 
     @property
     def loops(self) -> list[Any]:
@@ -96,9 +99,32 @@ class Walk:
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a jaxpr; an output that is an untouched leaf stays one."""
         # Constants hang on no data: arithmetic of a parameter with one is still deferred.
-        return interpret(jaxpr, list(map(Tracked, consts)), args, self._apply)
+        epilogues = Epilogues(jaxpr)
 
-    def _apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        def follow(eqn: Any, operands: list[Any]) -> Epilogue | None:
+            return self._follow(epilogues, eqn, operands) if self.fuses else None
+
+        return interpret(jaxpr, list(map(Tracked, consts)), args, self._apply, follow=follow)
+
+    def _follow(self, epilogues: Epilogues, eqn: Any, operands: list[Any]) -> Epilogue | None:
+        """Returns what follows an equation, if a kernel computes it with it."""
+        if not multiply_adds(eqn) or not any(packed(x) for x in operands if is_tracked(x)):
+            return None
+        kernel, found = pick(eqn, operands)[0], epilogues.of(eqn)
+        if kernel is None or found is None:
+            return None
+        shape = None if found.bias is None else found.bias.aval.shape
+        return found if kernel.follows(eqn, values_of(operands), shape) else None
+
+    def _apply(
+        self,
+        eqn: Any,
+        operands: list[Any],
+        epilogue: Epilogue | None = None,
+        bias: Any = None,
+    ) -> list[Any]:
+        if epilogue is not None:
+            return self.use_all(eqn, operands, epilogue, bias)
         if any(map(is_tracked, operands)) or self.wants(eqn):
             rule = self.rules.get(eqn.primitive.name, type(self).meet)
             found = rule(self, eqn, operands)
@@ -143,6 +169,15 @@ class Walk:
         if kernel is not None:
             return kernel.on(eqn, operands, otherwise=self.rebuild)
         return self.rebuild(eqn, operands)
+
+    def use_all(
+        self, eqn: Any, operands: Sequence[Any], epilogue: Epilogue, bias: Any
+    ) -> list[Any]:
+        """An operation meets a parameter, and a kernel computes what follows, too."""
+        kernel = pick(eqn, operands)[0]
+        assert kernel is not None
+        tail = Tail(None if bias is None else dense(bias), epilogue.activation)
+        return kernel.on(eqn, operands, otherwise=self.rebuild, tail=tail)
 
     def rebuild(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         """Rebuilds the operands of an equation and binds it, keeping none for the gradient."""

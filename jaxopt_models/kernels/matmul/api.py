@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._activations import ACTIVATIONS
 from .._calls import axis_of, by_rows, can_sum, count_of, either, names_of, placed
 from .._layout import CHUNK, PANEL
 from .._load import Loaded
-from .._packed import ACTIVATIONS, Options, check_operands, one_of, prepared
+from .._packed import Options, check_operands, one_of, prepared
 from . import reference
 
 

@@ -21,9 +21,8 @@ namespace {
 
 constexpr int kMostRows = 6;  // of a tile, where codes are whole bytes
 constexpr int kFewRows = 4;   // and where they are unpacked in it
-// Weights that stay in the cache of a core; and the least blocks of rows that a thread then takes.
+// Weights that stay in the cache of a core.
 constexpr int64_t kNearBytes = 768 << 10;
-constexpr int kBlocksAtOnce = 2;
 
 struct Job {
   const Matmul& a;
@@ -292,65 +291,62 @@ void products(const Matmul& a, const Prepare& prepare, const Pool& pool) {
   const int64_t panel = a.first / kPanel, panels = (a.last + kPanel - 1) / kPanel - panel;
 
   for (int64_t start = 0; start < a.m; start += whole) {
-    const int64_t stop = std::min(a.m, start + whole);
-    // What a tile takes at once, in the order of the rows: as many as it can, then 4, 2, 1.
-    std::vector<std::pair<int64_t, int>> blocks;
-    for (int64_t row = start; row < stop; row += blocks.back().second) {
-      const int64_t left = stop - row;
-      blocks.emplace_back(row, left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1);
-    }
-    const int count = (int)blocks.size();
-    auto prepared = [&](int b) {
-      auto [row, height] = blocks[b];
-      prepare(row, height, x.from(row - start, padded));
-    };
+    const int64_t stop = std::min(a.m, start + whole), height = stop - start;
     Job j{a, x, start, {}, {}, 1.0f};
     if (a.table) take_table(j);
-    auto product = [&](int b, int64_t p) {
-      auto [row, height] = blocks[b];
-      digits == 1 ? rows<1>(j, panel + p, row, height) : rows<2>(j, panel + p, row, height);
-    };
-    // Runs of blocks, one after another or shared out.
-    auto runs = [&](int pieces, bool alone, auto&& f) {
-      auto run = [&](int p) { f(count * p / pieces, count * (p + 1) / pieces); };
-      if (alone) {
-        for (int p = 0; p < pieces; p++) run(p);
-      } else {
-        pool.each(pieces, run);
+    // Calls f with the rows from one to another as tiles take them: as many as one can, then 4, 2, 1.
+    auto tiled = [&](int64_t from, int64_t to, auto&& f) {
+      for (int64_t row = from; row < to;) {
+        const int64_t left = to - row;
+        const int taken = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        f(row, taken);
+        row += taken;
       }
+    };
+    auto prepared = [&](int64_t from, int64_t to) {
+      tiled(from, to, [&](int64_t row, int taken) {
+        prepare(row, taken, x.from(row - start, padded));
+      });
+    };
+    auto product = [&](int64_t from, int64_t to, int64_t p) {
+      tiled(from, to, [&](int64_t row, int taken) {
+        digits == 1 ? rows<1>(j, panel + p, row, taken) : rows<2>(j, panel + p, row, taken);
+      });
+    };
+    // Where the rows of a piece begin.
+    auto cut = [&](int64_t i, int64_t pieces, int64_t unit) {
+      return i >= pieces ? stop : start + height * i / pieces / unit * unit;
     };
     // A short piece of work is done before a thread has woken up.
-    const bool few = (stop - start) * padded * (a.last - a.first) < (1 << 17);
+    const bool few = height * padded * (a.last - a.first) < (1 << 17);
+    const int64_t tiles = height / most;
     if (few || (panels * a.chunks * kPanel * 4 * a.bits <= kNearBytes &&
-                count >= kBlocksAtOnce * pool.threads())) {
+                tiles >= 2 * pool.threads())) {
       // All weights stay near a core: it takes rows from one end to the other.
-      runs(few ? 1 : std::min(count / kBlocksAtOnce, 16 * pool.threads()), few,
-           [&](int from, int to) {
-             for (int b = from; b < to; b++) prepared(b);
-             for (int64_t p = 0; p < panels; p++) {
-               for (int b = from; b < to; b++) product(b, p);
-             }
-           });
+      const int64_t pieces = few ? 1
+                             : tiles < 8 * pool.threads()
+                                 ? pool.threads()
+                                 : std::min<int64_t>(tiles / 2, 16 * pool.threads());
+      // Where each takes just one, even pieces matter more than whole tiles.
+      const int64_t unit = pieces > pool.threads() ? most : 2;
+      pool.each((int)pieces, [&](int i) {
+        const int64_t from = cut(i, pieces, unit), to = cut(i + 1, pieces, unit);
+        prepared(from, to);
+        for (int64_t p = 0; p < panels; p++) product(from, to, p);
+      });
       continue;
     }
-    const bool short_rows = (stop - start) * a.k < 16384;
-    runs(short_rows ? 1 : std::min(count, 4 * pool.threads()), short_rows, [&](int from, int to) {
-      for (int b = from; b < to; b++) prepared(b);
-    });
-
-    std::vector<int> starts;  // of the parts, as blocks
-    for (int b = 0; b < count; b++) {
-      if (starts.empty() || blocks[b].first - blocks[starts.back()].first >= part) {
-        starts.push_back(b);
-      }
-    }
-    starts.push_back(count);
-    const int64_t items = (int64_t)(starts.size() - 1) * panels;
+    // All that follows sees the same tiles: their rows count from the start.
+    const int64_t cuts =
+        height * a.k < 16384 ? 1 : std::clamp<int64_t>(tiles, 1, 4 * pool.threads());
+    pool.each((int)cuts, [&](int i) { prepared(cut(i, cuts, most), cut(i + 1, cuts, most)); });
     // Neighbouring panels go together, as a thread reads them in one stream.
+    const int64_t items = (height + part - 1) / part * panels;
     const int64_t pieces = std::min<int64_t>(items, 8 * pool.threads());
-    pool.each((int)pieces, [&](int p) {
-      for (int64_t i = items * p / pieces; i < items * (p + 1) / pieces; i++) {
-        for (int b = starts[i / panels]; b < starts[i / panels + 1]; b++) product(b, i % panels);
+    pool.each((int)pieces, [&](int i) {
+      for (int64_t n = items * i / pieces; n < items * (i + 1) / pieces; n++) {
+        const int64_t from = start + n / panels * part;
+        product(from, std::min(stop, from + part), n % panels);
       }
     });
   }
