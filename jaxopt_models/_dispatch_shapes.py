@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ._axes import Matrix
 from ._encoded import Encoded
 from ._kernels import View
+from .kernels.matmul.stored import anywhere, codes_of
 
 
 def operand(values: Sequence[Any]) -> tuple[int, View]:
@@ -34,9 +35,9 @@ def no_rows(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
     leaf = seen.leaf
     contract, batch = eqn.params["dimension_numbers"]
-    codes, n = inside(leaf), len(leaf.stack)
+    codes, n = codes_of(inside(leaf)), len(leaf.stack)
     reduced = sorted(seen.order[a] - n for a in contract[position])
-    if tuple(reduced) != Matrix(codes.core, codes.out).inner:
+    if not anywhere(codes) and tuple(reduced) != Matrix(codes.core, codes.out).inner:
         return "the product sums over other axes than its inputs"
     if sorted(seen.order[a] for a in batch[position]) != list(range(n)):
         return "its stack axes are not those of a batch of products"

@@ -9,6 +9,7 @@ used still meets its kernel (:class:`View`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,8 +78,25 @@ class Kernel:
         """The name and where it runs; which of these it is, the compiler decides."""
         return f"{self.name} on {', '.join(self.platforms)}" if self.platforms else self.name
 
-    def on(self, eqn: Any, operands: Sequence[Any], *, otherwise: Callable[..., Any]) -> list[Any]:
-        """Runs where the program is compiled for a platform of this kernel, else ``otherwise``."""
+    def on(
+        self,
+        eqn: Any,
+        operands: Sequence[Any],
+        *,
+        otherwise: Callable[..., Any],
+        looping: bool = False,
+    ) -> list[Any]:
+        """Runs where the program is compiled for a platform of this kernel, else ``otherwise``.
+
+        Args:
+          eqn: the equation.
+          operands: as for :func:`pick`.
+          otherwise: from the equation and its operands to its outputs.
+          looping: whether this is in a loop, where nothing is merged across iterations.
+
+        Returns:
+          The outputs.
+        """
         if not self.platforms:
             return list(self.run(eqn, values_of(operands)))
 
@@ -88,7 +106,13 @@ class Kernel:
             return tuple(otherwise(eqn, again))
 
         here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
-        return list(jax.lax.platform_dependent(*values_of(operands), default=elsewhere, **here))
+
+        # Each branch would keep for the gradient what any of them needs.
+        @functools.partial(jax.checkpoint, prevent_cse=not looping)
+        def either(*values: Any) -> tuple[Any, ...]:
+            return jax.lax.platform_dependent(*values, default=elsewhere, **here)
+
+        return list(either(*values_of(operands)))
 
 
 KERNELS: list[Kernel] = []
@@ -102,7 +126,8 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
       operands: arrays, and tracked values where it meets parameters.
 
     Returns:
-      The first kernel that fits, or ``None`` and why none does.
+      The first kernel that fits and why those for other platforms before it do not, or ``None`` and
+      why none does.
     """
     name, values = eqn.primitive.name, values_of(operands)
     waiting = [i for i, x in enumerate(values) if packed(x)]
@@ -114,16 +139,19 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
         step = values[position].step.name
         return None, f"the parameter goes through {step} before it is used"
     leaf = seen.leaf
-    why = f"no kernel for {name} of {leaf.kind()}"
+    why: dict[tuple[str, ...], str] = {}
+    own: dict[tuple[str, ...], str] = {}
     for kernel in KERNELS:
         if kernel.operation == name and isinstance(leaf, kernel.leaf):
             reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
             if not reason:
-                return kernel, ""
-            # A kernel for this very type knows best.
-            if kernel.leaf is not Encoded or why.startswith("no kernel"):
-                why = f"{kernel.name}: {reason}"
-    return None, why
+                others = {**why, **own}
+                others.pop(kernel.platforms, None)
+                return kernel, "; ".join(others.values())
+            (why if kernel.leaf is Encoded else own)[kernel.platforms] = f"{kernel.name}: {reason}"
+    # A kernel for this very type knows best.
+    known = {**why, **own}.values()
+    return None, "; ".join(known) or f"no kernel for {name} of {leaf.kind()}"
 
 
 def _divided(eqn: Any, operands: Sequence[Any], position: int) -> str:

@@ -141,7 +141,8 @@ class Walk:
             return bind(eqn, [dense(x) for x in operands])
         kernel = pick(eqn, operands)[0] if self.kernels else None
         if kernel is not None:
-            return kernel.on(eqn, operands, otherwise=self.rebuild)
+            looping = bool(self.loops)
+            return kernel.on(eqn, operands, otherwise=self.rebuild, looping=looping)
         return self.rebuild(eqn, operands)
 
     def rebuild(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:

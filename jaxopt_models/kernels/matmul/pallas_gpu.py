@@ -157,7 +157,9 @@ class Tiles:
         after = group == k or group % (lines * along) == 0
         tiles = cls(form, (m, k, n), each, aligned, rows, lines, words, group, after, 1)
         wide, high, _ = tiles.grid
-        parts = max(1, min(tiles.steps // 4, PROGRAMS // (wide * high)))
+        # What is summed up apart is written and read: at most a quarter of what the codes are.
+        apart = k * form.bits // (256 * m)
+        parts = max(1, min(tiles.steps // 4, PROGRAMS // (wide * high), apart))
         return dataclasses.replace(tiles, parts=-(-tiles.steps // -(-tiles.steps // parts)))
 
     @property
