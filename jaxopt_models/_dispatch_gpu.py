@@ -162,17 +162,19 @@ def _stored_refuses(eqn: Any, values: Sequence[Any]) -> str:
     return no_rows(eqn, values)
 
 
-def _stored(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def stored(eqn: Any, values: Sequence[Any], *, interpret: bool = False) -> list[Any]:
+    """Computes a product with codes where they lie; to ``interpret`` it needs no GPU."""
     product = functools.partial(
         pallas_gpu.product,
         out=_outputs(eqn, values),
         precision=eqn.params["precision"],
         dtype=eqn.outvars[0].aval.dtype,
+        interpret=interpret,
     )
-    return of_rows(eqn, values, lambda x, leaf: product(x, leaf))
+    return of_rows(eqn, values, product)
 
 
 KERNELS += [
     Kernel("scales after the product", "dot_general", Encoded, ("cuda",), _after, _after_refuses),
-    Kernel("codes in place", "dot_general", Encoded, ("cuda",), _stored, _stored_refuses),
+    Kernel("codes in place", "dot_general", Encoded, ("cuda",), stored, _stored_refuses),
 ]

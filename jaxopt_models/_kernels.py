@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ._encoded import Encoded, is_encoded
 from ._products import Product, product_of
 from ._roles import Roles, roles
-from ._tracked import Deferred, is_tracked, origins_of, packed, readers, values_of
+from ._tracked import Deferred, Tracked, is_tracked, origins_of, packed, readers, values_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Kernel:
         operands: Sequence[Any],
         *,
         otherwise: Callable[..., Any],
-        looping: bool = False,
+        looping: bool,
     ) -> list[Any]:
         """Runs where the program is compiled for a platform of this kernel, else ``otherwise``.
 
         Args:
           eqn: the equation.
           operands: as for :func:`pick`.
-          otherwise: from the equation and its operands to its outputs.
+          otherwise: from the equation, its operands and ``looping`` to its outputs.
           looping: whether this is in a loop, where nothing is merged across iterations.
 
         Returns:
@@ -100,19 +100,51 @@ class Kernel:
         if not self.platforms:
             return list(self.run(eqn, values_of(operands)))
 
-        def elsewhere(*values: Any) -> tuple[Any, ...]:
-            pairs = zip(operands, values, strict=True)
-            again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
-            return tuple(otherwise(eqn, again))
+        def use(operands: Sequence[Any]) -> Callable[..., Any]:
+            def elsewhere(*values: Any) -> tuple[Any, ...]:
+                pairs = zip(operands, values, strict=True)
+                again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
+                return tuple(otherwise(eqn, again, looping))
 
-        here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
+            here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
 
-        # Each branch would keep for the gradient what any of them needs.
-        @functools.partial(jax.checkpoint, prevent_cse=not looping)
-        def either(*values: Any) -> tuple[Any, ...]:
-            return jax.lax.platform_dependent(*values, default=elsewhere, **here)
+            # Each branch would keep for the gradient what any of them needs.
+            @functools.partial(jax.checkpoint, prevent_cse=not looping)
+            def either(*values: Any) -> tuple[Any, ...]:
+                return jax.lax.platform_dependent(*values, default=elsewhere, **here)
 
-        return list(either(*values_of(operands)))
+            return either
+
+        values = values_of(operands)
+        if any(map(readers, values)):  # what rounds an input is told where it came from
+            return list(use(operands)(*values))
+        alone = [Tracked(v) if packed(v) else None for v in values]
+        known = _Use((self, otherwise, looping, _key(eqn, values)), lambda: use(alone))
+        return list(_kept(known)(*values))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """A use of a parameter; equal ones are traced once."""
+
+    key: Any
+    make: Callable[[], Callable[..., Any]] = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=512)
+def _kept(use: _Use) -> Callable[..., Any]:
+    return jax.jit(use.make())
+
+
+def _key(eqn: Any, values: Sequence[Any]) -> Any:
+    """Returns what tells an equation on such operands from others."""
+    known = (eqn.primitive, tuple(sorted(eqn.params.items())))
+    avals = tuple(v.aval for v in (*eqn.invars, *eqn.outvars))
+    try:
+        hash(known)
+    except TypeError:
+        known = id(eqn)
+    return known, avals, tuple(jax.tree.structure(v) for v in values)
 
 
 KERNELS: list[Kernel] = []

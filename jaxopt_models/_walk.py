@@ -36,6 +36,7 @@ step does to axes). A rule for a primitive with a body runs ``walk.body(...)``; 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -140,21 +141,10 @@ class Walk:
         if eqn.effects or not any(packed(x) for x in operands if is_tracked(x)):
             return bind(eqn, [dense(x) for x in operands])
         kernel = pick(eqn, operands)[0] if self.kernels else None
-        if kernel is not None:
-            looping = bool(self.loops)
-            return kernel.on(eqn, operands, otherwise=self.rebuild, looping=looping)
-        return self.rebuild(eqn, operands)
-
-    def rebuild(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        """Rebuilds the operands of an equation and binds it, keeping none for the gradient."""
-        # In a loop nothing is merged across iterations, and `checkpoint` need not prevent it.
         looping = bool(self.loops)
-
-        def rebuilt(values: list[Any]) -> list[Any]:
-            ordered = values if looping else _in_order(values)
-            return _multiplied(eqn, operands, ordered)
-
-        return jax.checkpoint(rebuilt, prevent_cse=not looping)(values_of(operands))
+        if kernel is not None:
+            return kernel.on(eqn, operands, otherwise=_rebuilt, looping=looping)
+        return _rebuilt(eqn, operands, looping)
 
     def body(self, eqn: Any, jaxpr: Any, consts: Sequence[Any]) -> Callable[..., Any]:
         """Returns a body as a function of its operands to arrays, and what it emits."""
@@ -213,6 +203,18 @@ class Emitted:
 
     value: Any
     loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _rebuilt(eqn: Any, operands: Sequence[Any], looping: bool) -> list[Any]:
+    """Rebuilds the operands of an equation and binds it, keeping none for the gradient."""
+
+    # In a loop nothing is merged across iterations, and `checkpoint` need not prevent it.
+    @functools.partial(jax.checkpoint, prevent_cse=not looping)
+    def rebuilt(values: list[Any]) -> list[Any]:
+        ordered = values if looping else _in_order(values)
+        return _multiplied(eqn, operands, ordered)
+
+    return rebuilt(values_of(operands))
 
 
 def _multiplied(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
