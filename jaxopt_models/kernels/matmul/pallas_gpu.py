@@ -47,20 +47,37 @@ def product(
     Returns:
       `[m, n]`.
     """
-    x = w.read(x, (1,), ())
-    codes = codes_of(w)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    matrix = Matrix(codes.core, out)
 
     def plain(x: jax.Array, codes: Any) -> jax.Array:
-        dense = matrix.view(codes.materialize()).astype(x.dtype)
-        return jnp.matmul(x, dense, precision=precision, preferred_element_type=dtype)
+        return definition(x, codes, out=out, precision=precision, dtype=dtype)
 
     def run(x: jax.Array, codes: Any) -> jax.Array:
         form, given = operands(codes, out)
         return _operation(form, precision, dtype, interpret)(x, *given)
 
-    return derived(plain, run, (x, codes))
+    return derived(plain, run, (w.read(x, (1,), ()), codes_of(w)))
+
+
+def definition(
+    x: jax.Array, w: Any, *, out: tuple[int, ...], precision: Any = None, dtype: Any = None
+) -> jax.Array:
+    """Rebuilds the weight and multiplies: what :func:`product` computes, in plain JAX.
+
+    Args:
+      x: rows `[m, k]`.
+      w: a leaf of one core tensor.
+      out: its output axes.
+      precision: as `jax.lax.dot_general` takes it.
+      dtype: of the result; by default that of ``x``.
+
+    Returns:
+      `[m, n]`.
+    """
+    dense = Matrix(w.core, out).view(w.materialize()).astype(x.dtype)
+    dtype = x.dtype if dtype is None else dtype
+    x = w.read(x, (1,), ())
+    return jnp.matmul(x, dense, precision=precision, preferred_element_type=dtype)
 
 
 @functools.lru_cache(maxsize=4096)
