@@ -45,6 +45,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _bodies
+from ._bits import dtype_bits
 from ._deferred import ARITHMETIC, ENTRYWISE, LAYOUT, deferred, dynamic_slice, several, stacked
 from ._jaxpr import bind, interpret, is_literal
 from ._kernels import pick
@@ -298,7 +299,11 @@ def _zero_of_a_batch(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax
 
 
 def _wait(part: jax.Array, zero: jax.Array) -> jax.Array:
-    return part + zero.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.integer) else part
+    if not jnp.issubdtype(part.dtype, jnp.integer):
+        return part
+    # A TPU adds nothing that has 2 bits.
+    wide = part.astype(jnp.int8) if dtype_bits(part.dtype) < 4 else part
+    return (wide + zero.astype(wide.dtype)).astype(part.dtype)
 
 
 # ------------------------------------------------------------------ which rule
