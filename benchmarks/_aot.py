@@ -118,9 +118,7 @@ def _device(target: str) -> Any:
     if target == "v5e":
         found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     else:
-        found = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology="1x1x1"
-        )
+        found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     return found.devices[0]
 
 
@@ -135,9 +133,7 @@ def main(target: str) -> None:
     there = jax.sharding.SingleDeviceSharding(_device(target))
 
     def placed(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), tree
-        )
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), tree)
 
     def product(p: Any, x: Any) -> Any:
         return x @ p["w"]

@@ -107,10 +107,10 @@ class Explaining(Walk):
         return super().use(eqn, operands)
 
     def _write(self, eqn: Any, operands: Sequence[Any], i: int, k: int, o: Any) -> None:
-        kernel, why = None, ""
+        choice, why = None, ""
         value = operands[i].value
         if packed(value):
-            kernel, why = pick(eqn, operands) if self.may_run else (None, "no kernels here")
+            choice, why = pick(eqn, operands) if self.may_run else (None, "no kernels here")
         notes = [why]
         product, axes, costs = product_of(eqn, i), "", multiply_adds(eqn)
         if not isinstance(product, str):
@@ -121,14 +121,14 @@ class Explaining(Walk):
                 notes.append(r)
         ruled = [e.primitive.name for e in self.around if e.primitive.name.startswith("custom_")]
         if packed(value) and ruled:
-            kernel, notes = None, [f"rebuilt before a {ruled[0]}, whose rule is kept"]
+            choice, notes = None, [f"rebuilt before a {ruled[0]}, whose rule is kept"]
         if o.rebuilt:
             notes.append(f"rebuilt whole {o.rebuilt}")
         between = len(operands) > 1 and all(map(origins_of, operands))
         unread = ruled or between or isinstance(product, str) or product.lookup
         if readers(value) and unread:
             notes.append("its input is not rounded here")
-        runs = kernel.label if kernel else "rebuilt" if packed(value) or o.rebuilt else "dense"
+        runs = choice.label if choice else "rebuilt" if packed(value) or o.rebuilt else "dense"
         other = next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None)
         note = "; ".join(n for n in notes if n)
         self._row(eqn, (o.path, i, k), axes, eqn.invars[i].aval.shape, other, costs, runs, note)

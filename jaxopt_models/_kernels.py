@@ -64,6 +64,7 @@ class Kernel:
       run: from the equation and its operands (arrays, and the leaf or what waits on it) to its
         outputs.
       refuses: from the same to the reason why it does not fit, or ``""``.
+      quiet: whether another kernel of its platforms says why a parameter does not fit.
     """
 
     name: str
@@ -72,13 +73,30 @@ class Kernel:
     platforms: tuple[str, ...]
     run: Callable[..., list[Any]]
     refuses: Callable[[Any, Sequence[Any]], str] = lambda eqn, operands: ""
+    quiet: bool = False
 
     @property
     def label(self) -> str:
         """The name and where it runs; which of these it is, the compiler decides."""
         return f"{self.name} on {', '.join(self.platforms)}" if self.platforms else self.name
 
-    def on(
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The kernels of a use of a parameter.
+
+    Args:
+      kernels: one for each platform that has one, in the order of :data:`KERNELS`.
+    """
+
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def label(self) -> str:
+        """The names and where they run."""
+        return ", ".join(k.label for k in self.kernels)
+
+    def run(
         self,
         eqn: Any,
         operands: Sequence[Any],
@@ -86,7 +104,7 @@ class Kernel:
         otherwise: Callable[..., Any],
         looping: bool,
     ) -> list[Any]:
-        """Runs where the program is compiled for a platform of this kernel, else ``otherwise``.
+        """Runs the kernel of the platform that the program is compiled for, else ``otherwise``.
 
         Args:
           eqn: the equation.
@@ -97,8 +115,8 @@ class Kernel:
         Returns:
           The outputs.
         """
-        if not self.platforms:
-            return list(self.run(eqn, values_of(operands)))
+        if all(not k.platforms for k in self.kernels):
+            return list(self.kernels[0].run(eqn, values_of(operands)))
 
         def use(operands: Sequence[Any]) -> Callable[..., Any]:
             def elsewhere(*values: Any) -> tuple[Any, ...]:
@@ -106,12 +124,16 @@ class Kernel:
                 again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
                 return tuple(otherwise(eqn, again, looping))
 
-            here = dict.fromkeys(self.platforms, lambda *values: tuple(self.run(eqn, values)))
+            def by(kernel: Kernel) -> Callable[..., tuple[Any, ...]]:
+                return lambda *values: tuple(kernel.run(eqn, values))
+
+            here = {p: by(k) for k in self.kernels for p in k.platforms}
+            default = next((by(k) for k in self.kernels if not k.platforms), elsewhere)
 
             # Each branch would keep for the gradient what any of them needs.
             @functools.partial(jax.checkpoint, prevent_cse=not looping)
             def either(*values: Any) -> tuple[Any, ...]:
-                return jax.lax.platform_dependent(*values, default=elsewhere, **here)
+                return jax.lax.platform_dependent(*values, default=default, **here)
 
             return either
 
@@ -119,8 +141,8 @@ class Kernel:
         if any(map(readers, values)):  # what rounds an input is told where it came from
             return list(use(operands)(*values))
         alone = [Tracked(v) if packed(v) else None for v in values]
-        known = _Use((self, otherwise, looping, _key(eqn, values)), lambda: use(alone))
-        return list(_kept(known)(*values))
+        same = _Use((self, otherwise, looping, _key(eqn, values)), lambda: use(alone))
+        return list(_kept(same)(*values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,16 +172,16 @@ def _key(eqn: Any, values: Sequence[Any]) -> Any:
 KERNELS: list[Kernel] = []
 
 
-def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
-    """Chooses the kernel of an operation.
+def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
+    """Chooses the kernels of an operation.
 
     Args:
       eqn: the equation.
       operands: arrays, and tracked values where it meets parameters.
 
     Returns:
-      The first kernel that fits and why those for other platforms before it do not, or ``None`` and
-      why none does.
+      For each platform the first kernel that fits, or ``None`` without any; and why those before
+      the first of these do not.
     """
     name, values = eqn.primitive.name, values_of(operands)
     waiting = [i for i, x in enumerate(values) if packed(x)]
@@ -171,19 +193,24 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
         step = values[position].step.name
         return None, f"the parameter goes through {step} before it is used"
     leaf = seen.leaf
+    found: dict[tuple[str, ...], Kernel] = {}
     why: dict[tuple[str, ...], str] = {}
     own: dict[tuple[str, ...], str] = {}
     for kernel in KERNELS:
-        if kernel.operation == name and isinstance(leaf, kernel.leaf):
-            reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
-            if not reason:
-                others = {**why, **own}
-                others.pop(kernel.platforms, None)
-                return kernel, "; ".join(others.values())
-            (why if kernel.leaf is Encoded else own)[kernel.platforms] = f"{kernel.name}: {reason}"
-    # A kernel for this very type knows best.
-    known = {**why, **own}.values()
-    return None, "; ".join(known) or f"no kernel for {name} of {leaf.kind()}"
+        where = kernel.platforms
+        if kernel.operation != name or not isinstance(leaf, kernel.leaf) or where in found:
+            continue
+        reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
+        if not reason:
+            found[where] = kernel
+        elif not found and not kernel.quiet:
+            # A kernel for this very type knows best.
+            reasons = why if kernel.leaf is Encoded else own
+            reasons[where] = f"{kernel.name}: {reason}"
+    known = "; ".join({**why, **own}.values())
+    if not found:
+        return None, known or f"no kernel for {name} of {leaf.kind()}"
+    return Choice(tuple(found.values())), known
 
 
 def _divided(eqn: Any, operands: Sequence[Any], position: int) -> str:

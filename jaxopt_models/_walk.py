@@ -141,10 +141,10 @@ class Walk:
         """An operation meets a parameter: runs a kernel, or rebuilds it just in time."""
         if eqn.effects or not any(packed(x) for x in operands if is_tracked(x)):
             return bind(eqn, [dense(x) for x in operands])
-        kernel = pick(eqn, operands)[0] if self.kernels else None
+        choice = pick(eqn, operands)[0] if self.kernels else None
         looping = bool(self.loops)
-        if kernel is not None:
-            return kernel.on(eqn, operands, otherwise=_rebuilt, looping=looping)
+        if choice is not None:
+            return choice.run(eqn, operands, otherwise=_rebuilt, looping=looping)
         return _rebuilt(eqn, operands, looping)
 
     def body(self, eqn: Any, jaxpr: Any, consts: Sequence[Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxopt_models as jom
 from jaxopt_models import codebook, prune, quant
 from jaxopt_models._axes import Matrix
-from jaxopt_models.kernels.matmul import matmul, pallas_gpu, stored
+from jaxopt_models.kernels.matmul import matmul, pallas_gpu, reference, stored
 
 TORCH = jom.Axes.torch()
 #: Encoder, axes, `(rows, inputs, outputs)`: one, odd, and no multiple of a tile or a byte.
@@ -86,7 +86,7 @@ def test_maps_and_derivatives_are_those_of_the_definition():
     leaf, out = made(quant.Int(bits=4, group=32), None, 64, 20)
     x = rows(6, 64).reshape(2, 3, 64)
     run = functools.partial(pallas_gpu.product, out=out, interpret=True)
-    plain = functools.partial(pallas_gpu.definition, out=out)
+    plain = functools.partial(reference.product, out=out)
     text = str(jax.make_jaxpr(jax.vmap(run, (0, None)))(x, leaf))
     assert "f32[6,20]" in text  # one call, not one for each
 
@@ -110,7 +110,7 @@ def test_codes_divided_over_a_mesh_stay_there(encoder, spec):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     leaf, out = made(encoder, None, 64, 32)
     x = rows(4, 64)
-    want = pallas_gpu.definition(x, leaf, out=out)
+    want = reference.product(x, leaf, out)
     local = tuple(n // (2 if s else 1) for n, s in zip(leaf.shape, spec, strict=True))
     placed = jax.tree.map(
         lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), leaf, leaf.specs(spec, local)
@@ -126,7 +126,7 @@ def test_codes_divided_over_a_mesh_stay_there(encoder, spec):
 
 
 def test_the_public_function():
-    leaf, out = made(quant.NF4(group=32), None, 64, 20)
+    leaf, _ = made(quant.NF4(group=32), None, 64, 20)
     x, bias = rows(6, 64).reshape(2, 3, 64), jnp.ones(20)
     want = jax.nn.relu(x @ leaf.materialize() + 1)
     for how in (None, "xla"):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..._axes import Matrix
 from .._calls import axis_of, by_rows, can_sum, count_of, derived, names_of, placed
+from . import reference
 from .stored import Format, codes_of, operands
 
 #: Programs that keep an H100 busy: a few for each of its 132 processors.
@@ -50,34 +50,13 @@ def product(
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
 
     def plain(x: jax.Array, codes: Any) -> jax.Array:
-        return definition(x, codes, out=out, precision=precision, dtype=dtype)
+        return reference.product(x, codes, out, precision=precision, dtype=dtype)
 
     def run(x: jax.Array, codes: Any) -> jax.Array:
         form, given = operands(codes, out)
         return _operation(form, precision, dtype, interpret)(x, *given)
 
     return derived(plain, run, (w.read(x, (1,), ()), codes_of(w)))
-
-
-def definition(
-    x: jax.Array, w: Any, *, out: tuple[int, ...], precision: Any = None, dtype: Any = None
-) -> jax.Array:
-    """Rebuilds the weight and multiplies: what :func:`product` computes, in plain JAX.
-
-    Args:
-      x: rows `[m, k]`.
-      w: a leaf of one core tensor.
-      out: its output axes.
-      precision: as `jax.lax.dot_general` takes it.
-      dtype: of the result; by default that of ``x``.
-
-    Returns:
-      `[m, n]`.
-    """
-    dense = Matrix(w.core, out).view(w.materialize()).astype(x.dtype)
-    dtype = x.dtype if dtype is None else dtype
-    x = w.read(x, (1,), ())
-    return jnp.matmul(x, dense, precision=precision, preferred_element_type=dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,7 +68,9 @@ def _operation(form: Format, precision: Any, dtype: Any, interpret: bool) -> Any
         n = form.columns if form.planes else codes.shape[0 if form.inner else 1]
         if 0 in (*x.shape, n):
             return jnp.zeros((x.shape[0], n), dtype)
-        return _call(Tiles.of(form, x.shape, n, rest[0]), x, codes, rest, precision, dtype, interpret)
+        return _call(
+            Tiles.of(form, x.shape, n, rest[0]), x, codes, rest, precision, dtype, interpret
+        )
 
     def partition(mesh: Any, given: Any, result: Any) -> Any:
         x, codes, scale, zero, table = given
@@ -193,7 +174,13 @@ class Tiles:
 
 
 def _call(
-    tiles: Tiles, x: Any, codes: Any, rest: Sequence[Any], precision: Any, dtype: Any, interpret: bool
+    tiles: Tiles,
+    x: Any,
+    codes: Any,
+    rest: Sequence[Any],
+    precision: Any,
+    dtype: Any,
+    interpret: bool,
 ) -> jax.Array:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -206,7 +193,11 @@ def _call(
             # The very bytes, unless the last one is filled up.
             codes = jnp.pad(codes, (0, -codes.size % (8 // width))).reshape(-1, 8 // width)
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    names = ["x", "codes", *(t for t, a in zip(("scale", "zero", "table"), rest, strict=True) if a.size)]
+    names = [
+        "x",
+        "codes",
+        *(t for t, a in zip(("scale", "zero", "table"), rest, strict=True) if a.size),
+    ]
     arrays = [x, codes, *(a for a in rest if a.size)]
     shapes = {t: a.shape for t, a in zip(names, arrays, strict=True)}
     whole = tiles.parts == 1
@@ -323,9 +314,7 @@ class _Program:
             for b in range(form.bits):
                 at = (slow * form.bits + b) * width + fast
                 found.append(self.load("codes", at, inside).astype(jnp.int32))
-            return [
-                sum(((plane >> p) & 1) << b for b, plane in enumerate(found)) for p in range(8)
-            ]
+            return [sum(((plane >> p) & 1) << b for b, plane in enumerate(found)) for p in range(8)]
         if t.aligned:
             word = self.load("codes", slow * (length // t.each) + fast, inside).astype(jnp.int32)
             return [(word >> (form.bits * p)) & ones for p in range(t.each)]

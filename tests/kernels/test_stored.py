@@ -1,4 +1,4 @@
-"""Codes as they are stored, by the kernels of a GPU: run on a CPU, where XLA and Pallas can."""
+"""Codes as they are stored, by kernels of a GPU run on a CPU, and by integers of XLA."""
 
 import dataclasses
 import functools
@@ -7,12 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jaxopt_models as jom
-from jaxopt_models import _dispatch_gpu, _kernels, codebook, prune, quant
-from jaxopt_models.kernels.matmul import matmul
+from jaxopt_models import _dispatch_stored, _kernels, codebook, prune, quant
 
 W = np.random.default_rng(0).standard_normal((64, 96), np.float32)
 X = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 64), np.float32))
@@ -27,7 +24,7 @@ def here(monkeypatch):
     for kernel in _kernels.KERNELS:
         if kernel.platforms == ("cuda",):
             run = kernel.run
-            if run is _dispatch_gpu.stored:
+            if run is _dispatch_stored.stored:
                 run = functools.partial(run, interpret=True)
             found.append(dataclasses.replace(kernel, platforms=("cpu",), run=run))
     monkeypatch.setattr(_kernels, "KERNELS", found)
@@ -97,3 +94,41 @@ def test_value_and_gradients_are_those_of_the_definition(here, fn, w, axes, enco
     for got, want in zip(*map(jax.tree.leaves, both), strict=True):
         scale = float(jnp.abs(want).max())
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("per", ["row", "tensor", "static"])
+@pytest.mark.parametrize(("w", "axes"), [(W, None), (W.T, jom.Axes.torch())])
+def test_rounded_inputs_are_multiplied_as_integers(w, axes, per, rows):
+    encoder = jom.chain(quant.Int(bits=5), quant.Input(bits=8, per="row"))
+    small = jom.compress({"w": jnp.asarray(w)}, [jom.Rule("w", encoder, axes)])
+    if per != "row":
+        scale = jnp.float32(0.02) if per == "static" else None
+        small = {"w": dataclasses.replace(small["w"], per=per, scale=scale)}
+    floats, rest = jom.partition(small)
+    x = X.reshape(15, 64)[:rows]
+
+    def fn(p, x):
+        return x @ (p["w"] if axes is None else p["w"].T)
+
+    def loss(run, floats, x):
+        return jnp.sum(jnp.sin(run(fn)(jom.combine(floats, rest), x)))
+
+    runs = jom.accelerate(fn).explain(small, x)[0]["runs"]
+    assert runs.startswith("integers by XLA on cpu")
+    both = [
+        jax.value_and_grad(functools.partial(loss, run), argnums=(0, 1))(floats, x)
+        for run in (jom.accelerate, jom.simulate)
+    ]
+    for got, want in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_is_alone(bad):
+    small = jom.compress({"w": jnp.asarray(W)}, [jom.Rule("w", W8A8)])
+    x = X.reshape(15, 64)
+    got = jom.accelerate(product)(small, x.at[4, 63].set(bad))
+    assert np.isnan(got[4]).all()
+    want = jom.accelerate(product)(small, x)
+    np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(want, 4, 0))

@@ -1,8 +1,9 @@
-"""Which kernels there are on a GPU, for codes as they are stored: nothing has to be laid out.
+"""Which kernels there are for codes as they are stored: nothing has to be laid out.
 
-XLA fuses a cast of codes into a product, but nothing that depends on where an entry is. Scales for
+On a CPU XLA multiplies integers with integers faster than floats, if they are two rows or more. On
+a GPU it a cast of codes into a product, but nothing that depends on where an entry is: scales of
 each output follow the product, or go to the input where the product sums over them; everything else
-is a kernel of its own.
+is a kernel of Triton.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._axes import Matrix
 from ._dispatch_shapes import no_rows, of_rows, operand
 from ._encoded import Encoded
 from ._jaxpr import varying
 from ._kernels import KERNELS, Kernel
 from ._products import product_of
-from .kernels.matmul import pallas_gpu
-from .kernels.matmul.stored import codes_of, why_not
+from .kernels.matmul import pallas_gpu, xla
+from .kernels.matmul.stored import codes_of
+from .kernels.matmul.stored import why_not as in_place
 from .quant import Quantized, Tabulated, WithInput
 
 #: Tables whose codes are numbers to XLA.
@@ -38,7 +41,25 @@ def _unfit_input(leaf: Encoded, x: Any) -> str:
     return ""
 
 
-# ------------------------------------------------------------------ by XLA
+# ------------------------------------------------------------------ integers
+
+
+def _integers_refuses(eqn: Any, values: Sequence[Any]) -> str:
+    position, seen = operand(values)
+    leaf = seen.leaf
+    why = xla.why_not(leaf) or in_place(codes_of(leaf), _outputs(eqn, values))
+    why = why or _unfit_input(leaf, values[1 - position]) or no_rows(eqn, values)
+    out = _outputs(eqn, values)
+    if not why and Matrix(leaf.core, out).rows > xla.MOST_INPUTS:
+        return f"more than {xla.MOST_INPUTS} inputs"
+    return why
+
+
+def _integers(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    return of_rows(eqn, values, functools.partial(xla.product, out=_outputs(eqn, values)))
+
+
+# ------------------------------------------------------------------ scales last
 
 
 def _after_refuses(eqn: Any, values: Sequence[Any]) -> str:
@@ -91,7 +112,9 @@ def _after(eqn: Any, values: Sequence[Any]) -> list[Any]:
     scaled = _scaled(codes, seen.order)
     scale = _scales(codes).transpose(seen.order)
     if _side(eqn, position, scaled) == "input":
-        x = (x.astype(scale.dtype) * _along(scale, position, x.ndim, contract, batch)).astype(x.dtype)
+        x = (x.astype(scale.dtype) * _along(scale, position, x.ndim, contract, batch)).astype(
+            x.dtype
+        )
     pair = (q.astype(x.dtype), x) if position == 0 else (x, q.astype(x.dtype))
     y = jax.lax.dot_general(
         *pair,
@@ -152,7 +175,7 @@ def _outputs(eqn: Any, values: Sequence[Any]) -> tuple[int, ...]:
 def _stored_refuses(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
     codes = codes_of(seen.leaf)
-    why = why_not(codes, _outputs(eqn, values)) or _unfit_input(seen.leaf, values[1 - position])
+    why = in_place(codes, _outputs(eqn, values)) or _unfit_input(seen.leaf, values[1 - position])
     if why:
         return why
     precision = eqn.params["precision"]
@@ -174,7 +197,12 @@ def stored(eqn: Any, values: Sequence[Any], *, interpret: bool = False) -> list[
     return of_rows(eqn, values, product)
 
 
+def _kernel(name: str, platform: str, run: Any, refuses: Any, *, quiet: bool = False) -> Kernel:
+    return Kernel(name, "dot_general", Encoded, (platform,), run, refuses, quiet)
+
+
 KERNELS += [
-    Kernel("scales after the product", "dot_general", Encoded, ("cuda",), _after, _after_refuses),
-    Kernel("codes in place", "dot_general", Encoded, ("cuda",), stored, _stored_refuses),
+    _kernel("integers by XLA", "cpu", _integers, _integers_refuses, quiet=True),
+    _kernel("scales after the product", "cuda", _after, _after_refuses, quiet=True),
+    _kernel("codes in place", "cuda", stored, _stored_refuses),
 ]
