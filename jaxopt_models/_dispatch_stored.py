@@ -1,9 +1,9 @@
 """Which kernels there are for codes as they are stored: nothing has to be laid out.
 
-On a CPU XLA multiplies integers with integers faster than floats, if they are two rows or more. On
-a GPU it a cast of codes into a product, but nothing that depends on where an entry is: scales of
-each output follow the product, or go to the input where the product sums over them; everything else
-is a kernel of Triton.
+On a CPU XLA multiplies integers with integers faster than floats, two rows or more of them. On a
+GPU it makes a cast of codes part of a product, but nothing that hangs on where an entry is: scales
+of each output follow the product, or go to the input where the product sums over them; everything
+else is read by a kernel of Triton.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _NUMBERS = ("float8_e4m3fn", "float8_e5m2")
 def _unfit_input(leaf: Encoded, x: Any) -> str:
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the input is {x.dtype}"
+    parts = [x, *jax.tree.leaves(leaf)]
+    if any(axis is not None for a in parts for axis in jax.typeof(a).sharding.spec):
+        return "it is divided over an Explicit mesh"
     if isinstance(leaf, WithInput):
         if leaf.per == "tensor" and (varying(x) or leaf.stack):
             return "its whole input is read at once"
@@ -78,8 +81,6 @@ def _after_refuses(eqn: Any, values: Sequence[Any]) -> str:
         return f"there is none for tensors of {codes.dtype}"
     if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the result is {eqn.outvars[0].aval.dtype}"
-    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-        return "its input is divided over an Explicit mesh"
     if not _side(eqn, position, _scaled(codes, seen.order)):
         return "the product sums over some of the axes with scales of their own"
     return _unfit_input(seen.leaf, x)

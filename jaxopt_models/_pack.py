@@ -35,8 +35,8 @@ def pack(tree: Any, *, target: Literal["cpu"] | None = None) -> Any:
 
     Args:
       tree: compressed parameters, or one leaf.
-      target: ``"cpu"``, or ``None`` for the platform of JAX's default backend. On others a
-        compressed parameter is read as it is, and nothing changes.
+      target: ``"cpu"``, or ``None`` for the platform of JAX's default backend. On others nothing
+        changes: kernels of a GPU, and XLA on a TPU, read a compressed parameter as it is stored.
 
     Returns:
       The same tree with other leaves.
