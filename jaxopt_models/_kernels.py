@@ -181,7 +181,7 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
 
     Returns:
       For each platform the first kernel that fits, or ``None`` without any; and why those before
-      the first of these do not.
+      the first of these do not, and those for this type of leaf.
     """
     name, values = eqn.primitive.name, values_of(operands)
     waiting = [i for i, x in enumerate(values) if packed(x)]
@@ -203,10 +203,10 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
         reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
         if not reason:
             found[where] = kernel
+        elif kernel.leaf is not Encoded:  # a kernel for this very type knows best
+            own[where] = f"{kernel.name}: {reason}"
         elif not found and not kernel.quiet:
-            # A kernel for this very type knows best.
-            reasons = why if kernel.leaf is Encoded else own
-            reasons[where] = f"{kernel.name}: {reason}"
+            why[where] = f"{kernel.name}: {reason}"
     known = "; ".join({**why, **own}.values())
     if not found:
         return None, known or f"no kernel for {name} of {leaf.kind()}"

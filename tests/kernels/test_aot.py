@@ -36,7 +36,10 @@ def rows(tmp_path_factory):
     return {row["claim"]: row for row in json.loads(file.read_text())["rows"]}
 
 
-V5E = ["int8", "int4", "int4 in groups of 128", "int2", "fp8", "codebook of 16"]
+V5E = [
+    *("int8", "int4", "int4 in groups of 128", "int4 in groups of 32, zero points"),
+    *("int2", "fp8", "NF4", "codebook of 16"),
+]
 AFTER = ["int8", "int4", "fp8"]
 PLACE = [
     *("int8 in groups of 128", "int4 in groups of 128", "int4 in groups of 32, zero points"),
