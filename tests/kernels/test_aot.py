@@ -60,7 +60,7 @@ def test_codes_are_read_inside_the_product(rows, device, leaf):
 def test_neither_is_the_gradient_dense_and_a_rebuilt_weight_would_be_seen(rows, leaf):
     for device in ("v5e", "H100"):
         assert rows[f"{device}, {leaf}, gradient by x: MiB of dense temporaries"]["value"] == 0
-    assert rows[f"H100, {leaf}, rebuilt: MiB of dense temporaries"]["value"] == 32
+    assert rows[f"H100, {leaf}, rebuilt: MiB of dense temporaries"]["value"] >= 32
 
 
 def test_kernels_are_those_that_are_named(rows):
