@@ -1,7 +1,8 @@
 """Compiled kernels for compressed parameters, built at first use for the machine at hand.
 
 Lay parameters out once with :func:`jaxopt_models.pack`, and :func:`jaxopt_models.accelerate` runs
-these where a program is compiled for a CPU. Without a C++ compiler everything runs on XLA.
+these where a program is compiled for a CPU. Without a C++ compiler everything runs on XLA. On a GPU
+``matmul`` reads parameters that are not laid out.
 """
 
 from . import binary as binary
