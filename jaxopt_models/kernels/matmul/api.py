@@ -32,10 +32,10 @@ def matmul(
     .. math:: y = \mathrm{act}(\hat x \, \mathrm{materialize}(w) + b)
 
     On a CPU, with a leaf that rounds its input (:class:`jaxopt_models.quant.WithInput` of up to 8
-    bits), both operands are integers and sums are exact. Otherwise inputs are taken as two bytes, 16 bits of
-    the largest of up to 256 neighbours along a group: results differ from those in `float32` by
-    less than `3e-4` of the largest magnitude among them, usually by `2e-5`. A row that holds NaN
-    or Inf gives NaN, and other rows do not notice.
+    bits), both operands are integers and sums are exact. Otherwise inputs are taken as two bytes,
+    16 bits of the largest of up to 256 neighbours along a group: results differ from those in
+    `float32` by less than `3e-4` of the largest magnitude among them, usually by `2e-5`. A row that
+    holds NaN or Inf gives NaN, and other rows do not notice.
 
     A CPU wants codes laid out (:func:`jaxopt_models.pack`), a GPU reads them where they lie: the
     leaf as :func:`jaxopt_models.compress` made it, integers, tables or codebooks of up to 8 bits,
