@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from . import _dispatch_sparse as _dispatch_sparse
 from ._dispatch_shapes import (
     by_channels,
     by_columns,
+    inside,
     no_images,
     no_rows,
     of_images,
@@ -25,19 +27,16 @@ from ._epilogue import NOTHING, Tail
 from ._jaxpr import varying
 from ._kernels import KERNELS, Kernel
 from ._lookup import rows_of
+from ._moved import innermost, is_moved, pointwise, product
 from ._pack import why_not
-from .kernels import conv, matmul, status
+from .kernels import conv, status
 from .kernels.matmul import Packed
 from .quant import WithInput
 
 
-def _codes(leaf: Encoded) -> Any:
-    return leaf.values if isinstance(leaf, WithInput) else leaf
-
-
 def _unfit(leaf: Encoded) -> str:
     """Says why a leaf is not for the compiled kernels, ``""`` if it is."""
-    if not isinstance(_codes(leaf), Packed):
+    if not isinstance(innermost(leaf), Packed):
         why = why_not(leaf)
         return why or "it is not laid out: call jaxopt_models.pack(tree)"
     found = status()
@@ -52,7 +51,7 @@ def _unfit_input(leaf: Encoded, x: Any) -> str:
             return "its whole input is on several devices"
         if leaf.scale is not None and leaf.scale.size > 1:
             return "each of its stacked tensors has an input scale"
-        if not leaf.symmetric and _codes(leaf).sums is None:
+        if not leaf.symmetric and not is_moved(leaf) and leaf.values.sums is None:
             return "it was packed before it got quant.Input; pack last"
     return ""
 
@@ -67,7 +66,7 @@ def _dot_refuses(eqn: Any, values: Sequence[Any]) -> str:
 
 
 def _dot(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
-    return of_rows(eqn, values, functools.partial(matmul.matmul, **tail.options))
+    return of_rows(eqn, values, functools.partial(product, **tail.options))
 
 
 # ------------------------------------------------------------------ convolutions
@@ -76,10 +75,19 @@ def _dot(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
 def _conv_refuses(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
     why = _unfit(seen.leaf) or _unfit_input(seen.leaf, values[1 - position])
-    return why or no_images(eqn, values)
+    if why := why or no_images(eqn, values):
+        return why
+    p = eqn.params
+    wide = math.prod(inside(seen.leaf).core[:-2]) > 1 or p["feature_group_count"] > 1
+    if is_moved(seen.leaf) and (wide or any(map(any, p["padding"]))):
+        kind = type(inside(seen.leaf)).__name__
+        return f"{kind} is undone to inputs of windows of one pixel alone, without padding"
+    return ""
 
 
 def _conv(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
+    if is_moved(operand(values)[1].leaf):
+        return of_images(eqn, values, functools.partial(pointwise, **tail.options))
     groups = eqn.params["feature_group_count"]
     return of_images(eqn, values, functools.partial(conv.conv, groups=groups, **tail.options))
 

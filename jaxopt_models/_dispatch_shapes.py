@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Matrix
-from ._encoded import Encoded
+from ._encoded import Encoded, is_encoded
 from ._kernels import View
 
 
@@ -159,6 +159,9 @@ def by_channels(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -
 
 def _as_image(leaf: Any) -> Any:
     """Returns the kernel of a sequence as that of an image of one line."""
-    if leaf.around:
-        return dataclasses.replace(leaf, values=_as_image(leaf.values), core=(1, *leaf.core))
-    return dataclasses.replace(leaf, core=(1, *leaf.core), out=tuple(a + 1 for a in leaf.out))
+    changed: dict[str, Any] = {"core": (1, *leaf.core)}
+    if is_encoded(getattr(leaf, "values", None)):
+        changed["values"] = _as_image(leaf.values)
+    if not leaf.around:
+        changed["out"] = tuple(a + 1 for a in leaf.out)
+    return dataclasses.replace(leaf, **changed)

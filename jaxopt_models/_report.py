@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ._bits import array_bits
 from ._encoded import Encoded, is_encoded, rebuilt
 from ._kernels import names_for
+from ._moved import innermost
 from ._pack import why_not
 from ._paths import flatten, match_paths
 from ._table import Table
@@ -88,7 +89,7 @@ def _kernel(x: Any) -> str:
     """Says which kernels a leaf is for, or why it is for none."""
     if not is_encoded(x):
         return ""
-    if (x.values if x.around else x).laid_out:
+    if innermost(x).laid_out:
         return ", ".join(names_for(x))
     if jax.default_backend() != "cpu":
         return "none: XLA reads it as it is"

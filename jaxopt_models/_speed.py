@@ -18,6 +18,7 @@ from ._device import Limits
 from ._encoded import is_encoded, materialize
 from ._explain import Use, explore
 from ._kernels import Kernel
+from ._moved import innermost
 from ._paths import flatten
 from ._timing import interleaved
 from .kernels._layout import Packed
@@ -172,7 +173,7 @@ def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
 def _seconds(use: Use, kernel: Kernel, leaf: Any, limits: Limits) -> float:
     """Returns how long the kernel of a leaf computes."""
     operations = 2 * use.multiply_adds
-    inner = leaf.values if leaf.around else leaf
+    inner = innermost(leaf)
     if isinstance(inner, Packed) and operations:
         # Inputs that are not rounded, and values of a table, are two bytes each: of the four
         # products of both the one of the low bytes is left out.
