@@ -1,5 +1,6 @@
 """Memory that is kept is not faulted in anew in every call."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -26,7 +27,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
 
 def faults(how):
     command = [sys.executable, "-c", PROGRAM, how]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as programs are compiled
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -36,4 +38,4 @@ def test_large_temporary_arrays_stay():
     anew = faults("")
     if anew < 10_000:
         pytest.skip("the system maps large pages, or another library gives memory out")
-    assert faults("keep") < 0.6 * anew
+    assert faults("keep") < 0.75 * anew
