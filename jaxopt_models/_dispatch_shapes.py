@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from ._axes import Matrix
 from ._encoded import Encoded, is_encoded
 from ._kernels import View
+from ._pack import why_not
+from .kernels import status
 
 
 def operand(values: Sequence[Any]) -> tuple[int, View]:
@@ -24,6 +26,23 @@ def operand(values: Sequence[Any]) -> tuple[int, View]:
 def inside(leaf: Encoded) -> Any:
     """Returns what is laid out in a leaf: the leaf, or what it is around."""
     return leaf.values if leaf.around else leaf
+
+
+def unready(leaf: Any, laid_out: bool) -> str:
+    """Says why a leaf cannot meet any compiled kernel, ``""`` if it can."""
+    if not laid_out:
+        return why_not(leaf) or "it is not laid out: call jaxopt_models.pack(tree)"
+    found = status()
+    return "" if found.path else f"there are no compiled kernels: {found.why}"
+
+
+def no_floats(eqn: Any, x: Any) -> str:
+    """Says that a product has an input or a result that no kernel has, ``""`` otherwise."""
+    floats = (jnp.float32, jnp.bfloat16)
+    if x.dtype not in floats:
+        return f"the input is {x.dtype}"
+    result = eqn.outvars[0].aval.dtype
+    return "" if result in floats else f"the result is {result}"
 
 
 # ------------------------------------------------------------------ products
@@ -40,8 +59,6 @@ def no_rows(eqn: Any, values: Sequence[Any]) -> str:
         return "the product sums over other axes than its inputs"
     if sorted(seen.order[a] for a in batch[position]) != list(range(n)):
         return "its stack axes are not those of a batch of products"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     return ""
 
 
@@ -115,8 +132,6 @@ def no_images(eqn: Any, values: Sequence[Any]) -> str:
     stored = tuple(seen.order[a] for a in (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
     if stored != tuple(range(ndim)) or inside(leaf).out != (ndim - 1,):
         return "the kernel is not stored as [*window, channels, outputs]"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     return ""
 
 
