@@ -1,18 +1,59 @@
-"""Products of rows with quantized weights as other libraries compute them."""
+"""Products of rows with quantized weights as we and other libraries compute them.
+
+Each function makes one from a :class:`Case`, in the process in which it will be timed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._contest import Run
+
 THREADS = os.cpu_count() or 1
-Run = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A product of normal numbers.
+
+    Args:
+      rows: of the input.
+      inputs: of the weights.
+      outputs: of the weights.
+      bits: of the weights.
+      group: inputs that share a scale; ``None`` for one scale for each output.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    bits: int = 8
+    group: int | None = None
+
+    def x(self) -> np.ndarray:
+        """Returns the input."""
+        shape = (self.rows, self.inputs)
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+    def w(self) -> np.ndarray:
+        """Returns the weights."""
+        shape = (self.inputs, self.outputs)
+        return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+    def codes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns symmetric codes `int8[inputs, outputs]`, and scales `[groups, outputs]`."""
+        w = self.w().reshape(-1, self.group or self.inputs, self.outputs)
+        scale = np.abs(w).max(1, keepdims=True) / (2 ** (self.bits - 1) - 1)
+        codes = np.round(w / scale).astype(np.int8)
+        return codes.reshape(self.inputs, self.outputs), scale[:, 0]
 
 
 def has(name: str) -> bool:
@@ -20,31 +61,57 @@ def has(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def dense(x: jax.Array, w: jax.Array, dtype: Any = jnp.float32) -> Run:
+def ours(case: Case) -> Run:
+    """The kernels, as `accelerate` runs them; inputs rounded by row where weights have 8 bits."""
+    import jaxopt_models as jom
+    from jaxopt_models import quant
+
+    encoder = quant.Int(bits=case.bits, group=case.group)
+    return _compressed(case, jom.chain(encoder, quant.Input(bits=8)) if case.bits == 8 else encoder)
+
+
+def ours_binary(case: Case) -> Run:
+    """The kernels on signs, packing those of the input included."""
+    from jaxopt_models import quant
+
+    return _compressed(case, quant.XNOR())
+
+
+def _compressed(case: Case, encoder: Any) -> Run:
+    import jaxopt_models as jom
+
+    small = jom.pack(encoder(jnp.asarray(case.w())), target="cpu")
+    run, x = jax.jit(jom.accelerate(lambda w, x: x @ w)), jnp.asarray(case.x())
+    return lambda: run(small, x).block_until_ready()
+
+
+def dense(case: Case, dtype: str = "float32") -> Run:
     """JAX on dense weights of some type."""
-    x, w = x.astype(dtype), w.astype(dtype)
+    x, w = (jnp.asarray(a).astype(dtype) for a in (case.x(), case.w()))
     run = jax.jit(lambda x, w: x @ w)
     return lambda: run(x, w).block_until_ready()
 
 
-def jax_int8(x: jax.Array, codes: jax.Array, scale: jax.Array) -> Run:
+def jax_int8(case: Case) -> Run:
     """JAX's own product of integers, inputs rounded by row."""
+    x, (codes, scale) = jnp.asarray(case.x()), map(jnp.asarray, case.codes())
 
     @jax.jit
     def run(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         step = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
         q = jnp.round(x / step).astype(jnp.int8)
         y = jax.lax.dot(q, codes, preferred_element_type=jnp.int32)
-        return y.astype(jnp.float32) * step * scale.reshape(1, -1)
+        return y.astype(jnp.float32) * step * scale
 
     return lambda: run(x, codes, scale).block_until_ready()
 
 
-def qwix_int8(x: jax.Array, w: jax.Array) -> Run:
+def qwix_int8(case: Case) -> Run:
     """Qwix: integers by row and by channel."""
     import qwix
 
-    packed = qwix.quantize(w, jnp.int8, channelwise_axes=(1,))
+    x = jnp.asarray(case.x())
+    packed = qwix.quantize(jnp.asarray(case.w()), jnp.int8, channelwise_axes=(1,))
 
     @jax.jit
     def run(x: jax.Array, packed: Any) -> jax.Array:
@@ -74,10 +141,11 @@ def _session(nodes: list[Any], weights: dict[str, np.ndarray], k: int, n: int) -
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
-def ort_int8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> Run:
+def ort_int8(case: Case) -> Run:
     """ONNX Runtime: DynamicQuantizeLinear and MatMulInteger, which it fuses."""
     from onnx import helper
 
+    x, (codes, scale) = case.x(), case.codes()
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "step", "zero"]),
         helper.make_node("MatMulInteger", ["q", "w", "zero"], ["sums"]),
@@ -85,15 +153,16 @@ def ort_int8(x: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> Run:
         helper.make_node("Mul", ["step", "scale"], ["both"]),
         helper.make_node("Mul", ["floats", "both"], ["y"]),
     ]
-    session = _session(nodes, {"w": codes, "scale": scale}, *codes.shape)
+    session = _session(nodes, {"w": codes, "scale": scale[0]}, *codes.shape)
     return lambda: session.run(None, {"x": x})
 
 
-def ort_int4(x: np.ndarray, n: int, group: int, level: int) -> Run:
+def ort_int4(case: Case, level: int) -> Run:
     """ONNX Runtime: MatMulNBits; level 0 computes with float inputs, 4 may round them to 8 bits."""
     from onnx import helper
 
-    k, rng = x.shape[1], np.random.default_rng(0)
+    k, n, group = case.inputs, case.outputs, case.group
+    x, rng = case.x(), np.random.default_rng(0)
     weights = {
         "w": rng.integers(0, 256, (n, k // group, group // 2), np.uint8),
         "scale": rng.random(n * (k // group), np.float32),
@@ -106,12 +175,13 @@ def ort_int4(x: np.ndarray, n: int, group: int, level: int) -> Run:
     return lambda: session.run(None, {"x": x})
 
 
-def openvino(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, group: int | None = None) -> Run:
+def openvino(case: Case) -> Run:
     """OpenVINO: compressed weights, inputs rounded in groups where it chooses to."""
     import openvino as ov
     import openvino.opset13 as ops
 
-    k, n = codes.shape
+    k, n, group = case.inputs, case.outputs, case.group
+    codes, scale = case.codes()
     given = ops.parameter([-1, k], np.float32, "x")
     if group is None:
         w = ops.convert(ops.constant(codes.T.copy()), np.float32)
@@ -130,7 +200,7 @@ def openvino(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, group: int | N
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32" if group is None else str(group),
     }
     request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-    request.set_input_tensor(ov.Tensor(x))
+    request.set_input_tensor(ov.Tensor(case.x()))
     return request.infer
 
 
@@ -139,13 +209,17 @@ def _nibbles(codes: np.ndarray) -> np.ndarray:
     return flat[0::2] | (flat[1::2] << 4)
 
 
-def torch_float(x: np.ndarray, w: np.ndarray) -> Run:
-    """PyTorch on float32."""
+def _linear(case: Case) -> tuple[Any, Any]:
     import torch
 
     torch.set_num_threads(THREADS)
-    layer, given = torch.nn.Linear(*w.shape, bias=False), torch.from_numpy(x)
-    layer.weight.data = torch.from_numpy(w.T.copy())
+    layer = torch.nn.Linear(case.inputs, case.outputs, bias=False)
+    layer.weight.data = torch.from_numpy(case.w().T.copy())
+    return layer, torch.from_numpy(case.x())
+
+
+def _inferred(layer: Any, given: Any) -> Run:
+    import torch
 
     def run() -> object:
         with torch.inference_mode():
@@ -154,23 +228,51 @@ def torch_float(x: np.ndarray, w: np.ndarray) -> Run:
     return run
 
 
-def torch_int8(x: np.ndarray, w: np.ndarray) -> Run:
+def torch_float(case: Case) -> Run:
+    """PyTorch on float32."""
+    return _inferred(*_linear(case))
+
+
+def torch_int8(case: Case) -> Run:
     """PyTorch's dynamic quantization of a linear layer."""
     import warnings
 
     import torch
 
-    torch.set_num_threads(THREADS)
-    layer, given = torch.nn.Linear(*w.shape, bias=False), torch.from_numpy(x)
-    layer.weight.data = torch.from_numpy(w.T.copy())
+    layer, given = _linear(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantized = torch.ao.quantization.quantize_dynamic(
             torch.nn.Sequential(layer), {torch.nn.Linear}, dtype=torch.qint8
         )
+    return _inferred(quantized, given)
 
-    def run() -> object:
-        with torch.inference_mode():
-            return quantized(given)
 
-    return run
+def torchao_int8(case: Case) -> Run:
+    """The package torchao: integers by row and by channel."""
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer, given = _linear(case)
+    model = torch.nn.Sequential(layer)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return _inferred(model, given)
+
+
+PEERS = {
+    "JAX float32": dense,
+    "JAX bfloat16": functools.partial(dense, dtype="bfloat16"),
+    "JAX int8": jax_int8,
+    "Qwix": qwix_int8,
+    "ONNX Runtime": ort_int8,
+    "OpenVINO": openvino,
+    "PyTorch float32": torch_float,
+    "PyTorch int8": torch_int8,
+    "torchao": torchao_int8,
+}
+PEERS4 = {
+    "JAX float32": dense,
+    "ONNX Runtime": functools.partial(ort_int4, level=0),
+    "ONNX Runtime, inputs of 8 bits": functools.partial(ort_int4, level=4),
+    "OpenVINO": openvino,
+}

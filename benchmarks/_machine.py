@@ -9,20 +9,23 @@ import pathlib
 import shlex
 import subprocess
 import tempfile
-import time
 
 import numpy as np
 
 from jaxopt_models.kernels import _build
+
+from ._contest import Run
 
 _SOURCE = """
 #include <cstddef>
 #include <cstdint>
 #include "_native/isa.h"
 extern "C" uint64_t read_all(const uint64_t* p, size_t n) {
-  uint64_t s[8] = {};
-  for (size_t i = 0; i + 8 <= n; i += 8) for (int j = 0; j < 8; j++) s[j] ^= p[i + j];
-  return s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
+  // Lanes enough for eight vectors of any width.
+  uint64_t s[64] = {};
+  for (size_t i = 0; i + 64 <= n; i += 64) for (int j = 0; j < 64; j++) s[j] ^= p[i + j];
+  for (int j = 1; j < 64; j++) s[0] ^= s[j];
+  return s[0];
 }
 extern "C" float multiply(size_t n) {
   jom::Ints acc[12];
@@ -41,6 +44,7 @@ extern "C" float multiply(size_t n) {
 }
 """
 THREADS = os.cpu_count() or 1
+PRODUCTS = 1 << 31
 
 
 class Machine:
@@ -60,7 +64,7 @@ class Machine:
         self._lib.multiply.restype = ctypes.c_float
         self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
 
-    def reader(self, size: int):
+    def reader(self, size: int) -> Run:
         """Returns a function that reads ``size`` bytes once, a part on each core."""
         data = np.ones(size // 8, np.uint64)
         each = len(data) // THREADS
@@ -72,11 +76,20 @@ class Machine:
 
         return run
 
-    def multiply_adds(self, n: int = 3_000_000) -> float:
-        """Returns the products of bytes in a second, the best of some tries."""
-        best = 0.0
-        for _ in range(5):
-            start = time.perf_counter()
-            list(self._pool.map(self._lib.multiply, [n] * THREADS))
-            best = max(best, THREADS * n * 12 * 64 / (time.perf_counter() - start))
-        return best
+    def multiplier(self) -> Run:
+        """Returns a function that computes :data:`PRODUCTS` products of bytes on each core."""
+
+        def run() -> None:
+            list(self._pool.map(self._lib.multiply, [PRODUCTS // (12 * 64)] * THREADS))
+
+        return run
+
+
+def reading(size: int) -> Run:
+    """Reads ``size`` bytes once."""
+    return Machine().reader(size)
+
+
+def multiplying() -> Run:
+    """Multiplies bytes in registers as fast as the cores can."""
+    return Machine().multiplier()

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import pathlib
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-import jaxopt_models as jom
-from jaxopt_models import kernels, quant
+from jaxopt_models import kernels
 from jaxopt_models.kernels.conv.shapes import LITE0, RESNET50, Shape
 from jaxopt_models.kernels.matmul.shapes import INT4, INT8
 
+from . import _kernel_images as images
 from . import _kernel_peers as peers
-from ._machine import Machine
+from . import _machine as machine
+from ._contest import Contest, median, ratio
 from ._rows import Row
-from ._timing import interleaved, median, ratio
 
+logger = logging.getLogger(__name__)
 FASTER = {
     (1, 4096, 4096): 8,
     (16, 4096, 4096): 4,
@@ -29,6 +29,8 @@ FASTER = {
     (1, 8192, 8192): 6,
     (512, 384, 1536): 3,
 }
+#: Weights of more bytes are read from memory, whatever the cache.
+CACHED = 48 << 20
 PICTURE = pathlib.Path(__file__).parent / "results" / "kernels.png"
 
 
@@ -36,158 +38,146 @@ def run(*, quick: bool) -> list[Row]:
     """Runs every product and convolution; peers that are not installed are missing, and said so."""
     if not kernels.status().path:
         raise SystemExit(f"there are no kernels: {kernels.status().why}")
-    rounds = 3 if quick else 15
-    machine = Machine()
-    rows, points = [], []
-    missing = [n for n in ("onnxruntime", "openvino", "torch", "qwix") if not peers.has(n)]
+    needed = ("onnx", "onnxruntime", "openvino", "torch", "torchao", "qwix")
+    missing = [n for n in needed if not peers.has(n)]
     if missing:
         raise SystemExit(f"install the peers: pip install {' '.join(missing)}")
-    peak = machine.multiply_adds()
-    rows.append(Row("products of bytes in a second, all cores, 1e9", peak / 1e9))
-    rows += _int8(INT8[:1] if quick else INT8, rounds, machine, points)
-    rows += _int4(INT4[:1] if quick else INT4, rounds)
-    rows += _convolutions(
-        RESNET50[:2] if quick else RESNET50, LITE0[:1] if quick else LITE0, rounds
-    )
+    rounds = 3 if quick else 15
+    points: list[Any] = []
+    with Contest() as contest:
+        limits = contest.times(
+            {"reading": functools.partial(machine.reading, CACHED), "bytes": machine.multiplying},
+            rounds=rounds,
+        )
+        peak = machine.THREADS * machine.PRODUCTS / min(limits["bytes"])
+        bandwidth = CACHED / min(limits["reading"])
+        rows = [
+            Row("machine: products of bytes in a second, all cores, 1e9", peak / 1e9),
+            Row("machine: bytes read from memory in a second, all cores, 1e9", bandwidth / 1e9),
+        ]
+        rows += _int8(contest, INT8[:1] if quick else INT8, rounds, points)
+        rows += _int4(contest, INT4[:1] if quick else INT4, rounds)
+        rows += _binary(contest, rounds)
+        rows += _convolutions(
+            contest, RESNET50[:2] if quick else RESNET50, LITE0[:1] if quick else LITE0, rounds
+        )
     if not quick:
-        _picture(points, peak)
+        _picture(points, peak, bandwidth)
     return rows
 
 
-def _normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+def _name(*shape: int | None) -> str:
+    group = f" in groups of {shape[3]}" if shape[3:] and shape[3] else ""
+    return " x ".join(map(str, shape[:3])) + group
 
 
-def _name(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape[:3])) + (f" in groups of {shape[3]}" if shape[3:] else "")
+def _noted(name: str, times: dict[str, list[float]]) -> str:
+    note = ", ".join(f"{n} {1e3 * median(times, n):.3g} ms" for n in times)
+    logger.info("%s: %s", name, note)
+    return note
 
 
-def _ours(x: jax.Array, small: Any) -> peers.Run:
-    def product(w: Any, x: jax.Array) -> jax.Array:
-        return x @ w
-
-    run = jax.jit(jom.accelerate(product))
-    return lambda: run(small, x).block_until_ready()
-
-
-def _note(times: dict[str, list[float]]) -> str:
-    return ", ".join(f"{name} {1e3 * median(times, name):.3g} ms" for name in times)
-
-
-def _int8(shapes: Any, rounds: int, machine: Machine, points: list[Any]) -> list[Row]:
-    rows, best = [], []
-    for m, k, n in shapes:
-        x, w = _normal((m, k)), _normal((k, n), 1)
-        leaf = quant.Input(bits=8)(quant.Int(bits=8)(jnp.asarray(w)))
-        codes = np.asarray(leaf.values.integers(), np.int8)
-        scale = np.asarray(leaf.values.scale, np.float32).reshape(n)
-        given = jnp.asarray(x)
-        functions = {
-            "ours": _ours(given, jom.pack(leaf, target="cpu")),
-            "JAX float32": peers.dense(given, jnp.asarray(w)),
-            "JAX bfloat16": peers.dense(given, jnp.asarray(w), jnp.bfloat16),
-            "JAX int8": peers.jax_int8(given, jnp.asarray(codes), jnp.asarray(scale)),
-            "Qwix": peers.qwix_int8(given, jnp.asarray(w)),
-            "ONNX Runtime": peers.ort_int8(x, codes, scale),
-            "OpenVINO": peers.openvino(x, codes, scale),
-            "PyTorch float32": peers.torch_float(x, w),
-            "PyTorch int8": peers.torch_int8(x, w),
-        }
-        reads = k * n > 48 << 20
-        if reads:
-            functions["reading"] = machine.reader(k * n)
-        times = interleaved(functions, rounds=rounds)
-        if reads:
-            share = ratio(times, "reading", "ours")
-            rows.append(
-                Row(f"int8 {_name((m, k, n))}: share of a read loop's speed", share, ">= 0.85")
-            )
-            del times["reading"]
-        name, bar = f"int8 {_name((m, k, n))}", FASTER[m, k, n]
-        faster = ratio(times, "JAX float32", "ours")
-        rows.append(
-            Row(f"{name}: times faster than JAX float32", faster, f">= {bar}", note=_note(times))
-        )
-        others = {p: ratio(times, p, "ours") for p in times if p != "ours"}
-        peer = min(others, key=others.get)  # type: ignore[arg-type]
-        best.append(others[peer])
-        rows.append(
-            Row(f"{name}: times faster than {peer}, the fastest peer", others[peer], ">= 0.9")
-        )
-        points.append((f"{m} x {k}", m, k * n, m * k * n / median(times, "ours")))
-    rows.append(Row("int8: fastest peers, geometric mean", _mean(best), ">= 1.0"))
-    return rows
-
-
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def _int4(shapes: Any, rounds: int) -> list[Row]:
+def _share(name: str, times: dict[str, list[float]]) -> Row:
+    share = ratio(times, "reading", "ours")
+    return Row(f"{name}: share of a read loop's speed", share, ">= 0.85")
+
+
+def _int8(contest: Contest, shapes: Any, rounds: int, points: list[Any]) -> list[Row]:
+    rows, best = [], []
+    for m, k, n in shapes:
+        case, name = peers.Case(m, k, n), f"int8 {_name(m, k, n)}"
+        functions = {"ours": functools.partial(peers.ours, case)}
+        functions |= {p: functools.partial(make, case) for p, make in peers.PEERS.items()}
+        reads = k * n > CACHED
+        if reads:
+            functions["reading"] = functools.partial(machine.reading, k * n)
+        times = contest.times(functions, rounds=rounds)
+        note = _noted(name, times)
+        if reads:
+            rows.append(_share(name, times))
+            del times["reading"]
+        faster, bar = ratio(times, "JAX float32", "ours"), f">= {FASTER[m, k, n]}"
+        rows.append(Row(f"{name}: times faster than JAX float32", faster, bar, note=note))
+        others = {p: ratio(times, p, "ours") for p in times if p != "ours"}
+        peer = min(others, key=others.get)  # type: ignore[arg-type]
+        best.append(others[peer])
+        claim = f"{name}: times faster than {peer}, the fastest peer"
+        rows.append(Row(claim, others[peer], ">= 0.9"))
+        points.append((_name(m, k, n), m, m * k * n / median(times, "ours")))
+    return [*rows, Row("int8: fastest peers, geometric mean", _mean(best), ">= 1.0")]
+
+
+def _int4(contest: Contest, shapes: Any, rounds: int) -> list[Row]:
     rows = []
     for m, k, n, group in shapes:
-        x, w = _normal((m, k)), _normal((k, n), 1)
-        leaf = quant.Int(bits=4, group=group)(jnp.asarray(w))
-        codes = np.asarray(leaf.integers(), np.int8)
-        scale = np.asarray(leaf.scales(), np.float32).reshape(n, k // group).T
-        given = jnp.asarray(x)
-        functions = {
-            "ours": _ours(given, jom.pack(leaf, target="cpu")),
-            "JAX float32": peers.dense(given, jnp.asarray(w)),
-            "ONNX Runtime": peers.ort_int4(x, n, group, 0),
-            "ONNX Runtime, inputs of 8 bits": peers.ort_int4(x, n, group, 4),
-            "OpenVINO": peers.openvino(x, codes, scale, group),
-        }
-        times = interleaved(functions, rounds=rounds)
-        name = f"int4 {_name((m, k, n, group))}"
-        for peer, bar in (("ONNX Runtime", ">= 1.0"), ("ONNX Runtime, inputs of 8 bits", ">= 1.0")):
-            rows.append(Row(f"{name}: times faster than {peer}", ratio(times, peer, "ours"), bar))
-        bar = ">= 8" if m == 1 else ""
-        faster = ratio(times, "JAX float32", "ours")
-        rows.append(Row(f"{name}: times faster than JAX float32", faster, bar, note=_note(times)))
+        case, name = peers.Case(m, k, n, 4, group), f"int4 {_name(m, k, n, group)}"
+        functions = {"ours": functools.partial(peers.ours, case)}
+        functions |= {p: functools.partial(make, case) for p, make in peers.PEERS4.items()}
+        times = contest.times(functions, rounds=rounds)
+        note = _noted(name, times)
+        for peer in peers.PEERS4:
+            if peer == "JAX float32":
+                bar = ">= 8" if m == 1 else ""
+            else:
+                bar = ">= 1.0" if peer.startswith("ONNX") else ""
+            claim = f"{name}: times faster than {peer}"
+            rows.append(Row(claim, ratio(times, peer, "ours"), bar, note=note))
+            note = ""
     return rows
 
 
-def _convolution(shape: Shape, batch: int, rounds: int) -> float:
-    """Returns how many times faster than JAX on float32 a convolution of int8 is."""
-    kernel = (shape.window, shape.window, shape.channels // shape.groups, shape.outputs)
-    w = jnp.asarray(_normal(kernel, 1))
-    small = jom.pack(quant.Input(bits=8)(quant.Int(bits=8)(w)), target="cpu")
-    x = jnp.asarray(_normal((batch, shape.size, shape.size, shape.channels)))
-
-    def fn(w: Any, x: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            w,
-            (shape.stride, shape.stride),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=shape.groups,
-        )
-
-    ours, theirs = jax.jit(jom.accelerate(fn)), jax.jit(fn)
-    functions = {
-        "ours": lambda: ours(small, x).block_until_ready(),
-        "JAX float32": lambda: theirs(w, x).block_until_ready(),
-    }
-    return ratio(interleaved(functions, rounds=rounds), "JAX float32", "ours")
+def _binary(contest: Contest, rounds: int) -> list[Row]:
+    case, shape = peers.Case(1, 8192, 8192, 1), Shape(14, 256, 256, 3)
+    rows = []
+    for name, ours, theirs, bar in (
+        (
+            f"binary {_name(1, 8192, 8192)}",
+            functools.partial(peers.ours_binary, case),
+            functools.partial(peers.dense, case),
+            ">= 20",
+        ),
+        (
+            "binary convolution 3 x 3 x 256 x 256 on 14 x 14",
+            functools.partial(images.ours_binary, shape, 1),
+            functools.partial(images.dense, shape, 1),
+            ">= 8",
+        ),
+    ):
+        times = contest.times({"ours": ours, "JAX float32": theirs}, rounds=rounds)
+        faster, note = ratio(times, "JAX float32", "ours"), _noted(name, times)
+        rows.append(Row(f"{name}: times faster than JAX float32", faster, bar, note=note))
+    return rows
 
 
-def _convolutions(resnet: Any, lite: Any, rounds: int) -> list[Row]:
+def _convolutions(contest: Contest, resnet: Any, lite: Any, rounds: int) -> list[Row]:
     rows = []
     for title, shapes, bar, least in (
         ("ResNet-50", resnet, ">= 2.5", ">= 1.0"),
         ("EfficientNet-Lite0, depthwise", lite, ">= 2", ""),
     ):
         for batch in (1, 8):
-            found = [_convolution(s, batch, min(rounds, 7)) for s in shapes]
+            found = {}
+            for shape in shapes:
+                functions = {
+                    "ours": functools.partial(images.ours, shape, batch),
+                    "JAX float32": functools.partial(images.dense, shape, batch),
+                }
+                times = contest.times(functions, rounds=min(rounds, 7))
+                _noted(f"{batch} x {shape}", times)
+                found[shape] = ratio(times, "JAX float32", "ours")
             name = f"int8 convolutions of {title}, batch {batch}: times faster than JAX float32"
-            rows.append(Row(f"{name}, geometric mean", _mean(found), bar, tuple(found)))
-            rows.append(Row(f"{name}, least", min(found), least))
+            values = tuple(found.values())
+            rows.append(Row(f"{name}, geometric mean", _mean(values), bar, values))
+            worst = min(found, key=found.get)  # type: ignore[arg-type]
+            rows.append(Row(f"{name}, least", found[worst], least, note=str(worst)))
     return rows
 
 
-def _picture(points: list[Any], peak: float) -> None:
+def _picture(points: list[Any], peak: float, bandwidth: float) -> None:
     """Draws the roofline: products in a second over products for each byte of weights."""
     import matplotlib
 
@@ -195,13 +185,17 @@ def _picture(points: list[Any], peak: float) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, intensity, _, speed in points:
-        axes.loglog(intensity, speed / 1e9, "o")
-        axes.annotate(name, (intensity, speed / 1e9), textcoords="offset points", xytext=(6, -10))
-    axes.axhline(peak / 1e9, color="black", lw=1, label="products of bytes the cores can compute")
+    ends = [0.7, peak / bandwidth, 2048]
+    roof = [bandwidth * ends[0] / 1e9, peak / 1e9, peak / 1e9]
+    axes.loglog(ends, roof, color="black", lw=1, label="read from memory, then multiplied")
+    for name, intensity, speed in points:
+        axes.plot(intensity, speed / 1e9, "o", color="tab:blue")
+        axes.annotate(
+            name, (intensity, speed / 1e9), textcoords="offset points", xytext=(6, -10), size=8
+        )
     axes.set_xlabel("products for each byte of weights (rows)")
     axes.set_ylabel("1e9 products in a second")
-    axes.set_title("int8 products, inputs rounded by row")
+    axes.set_title("int8 products, inputs rounded by row (above the slope: weights in the cache)")
     axes.legend(loc="lower right")
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=120)

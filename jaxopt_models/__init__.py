@@ -39,11 +39,11 @@ from ._pack import pack as pack
 from ._partition import combine as combine
 from ._partition import partition as partition
 from ._plan import plan as plan
-from ._plan import report as report
 from ._prepare import prepare as prepare
 from ._recipe import Rule as Rule
 from ._recipe import recipe_from_json as recipe_from_json
 from ._recipe import recipe_to_json as recipe_to_json
+from ._report import report as report
 from ._table import Table as Table
 from ._taps import taps as taps
 from ._verify import VerifyError as VerifyError

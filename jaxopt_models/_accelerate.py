@@ -49,7 +49,7 @@ def accelerate(fn: Callable[..., Any]) -> Callable[..., Any]:
       >>> jom.accelerate(lambda p, x: x @ p["w"])(small, jnp.arange(3.0))
       Array([0., 1., 2.], dtype=float32)
     """
-    return _wrapped(fn, "accelerate", Walk)
+    return _wrapped(fn, "accelerate", Accelerating)
 
 
 def simulate(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +77,12 @@ def simulate(fn: Callable[..., Any]) -> Callable[..., Any]:
       Array([[127.,   0.]], dtype=float32)
     """
     return _wrapped(fn, "simulate", Simulating)
+
+
+class Accelerating(Walk):
+    """A walk whose kernels compute a bias and an activation function, too."""
+
+    fuses = True
 
 
 class Simulating(Walk):

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Matrix
-from ._encoded import Encoded
+from ._encoded import Encoded, is_encoded
 from ._kernels import View
+from ._pack import why_not
+from .kernels import status
 from .kernels.matmul.stored import anywhere, codes_of
 
 
@@ -25,6 +27,23 @@ def operand(values: Sequence[Any]) -> tuple[int, View]:
 def inside(leaf: Encoded) -> Any:
     """Returns what is laid out in a leaf: the leaf, or what it is around."""
     return leaf.values if leaf.around else leaf
+
+
+def unready(leaf: Any, laid_out: bool) -> str:
+    """Says why a leaf cannot meet any compiled kernel, ``""`` if it can."""
+    if not laid_out:
+        return why_not(leaf) or "it is not laid out: call jaxopt_models.pack(tree)"
+    found = status()
+    return "" if found.path else f"there are no compiled kernels: {found.why}"
+
+
+def no_floats(eqn: Any, x: Any) -> str:
+    """Says that a product has an input or a result that no kernel has, ``""`` otherwise."""
+    floats = (jnp.float32, jnp.bfloat16)
+    if x.dtype not in floats:
+        return f"the input is {x.dtype}"
+    result = eqn.outvars[0].aval.dtype
+    return "" if result in floats else f"the result is {result}"
 
 
 # ------------------------------------------------------------------ products
@@ -41,8 +60,6 @@ def no_rows(eqn: Any, values: Sequence[Any]) -> str:
         return "the product sums over other axes than its inputs"
     if sorted(seen.order[a] for a in batch[position]) != list(range(n)):
         return "its stack axes are not those of a batch of products"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     return ""
 
 
@@ -86,6 +103,18 @@ def of_rows(eqn: Any, values: Sequence[Any], product: Callable[..., jax.Array]) 
     return [y.transpose(*order).astype(out.aval.dtype)]
 
 
+def by_columns(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
+    """Says whether a bias of a shape, if any, adds to the columns of a product of rows."""
+    position, seen = operand(values)
+    contract, batch = eqn.params["dimension_numbers"]
+    mine = [a for a in range(len(seen.order)) if a not in contract[position]]
+    stored = [seen.order[a] for a in mine]
+    if position != 1 or batch[position] or stored != sorted(stored):
+        return False
+    columns = tuple(eqn.invars[1].aval.shape[a] for a in mine)
+    return bias in (None, (*[1] * (len(eqn.outvars[0].aval.shape) - len(columns)), *columns))
+
+
 # ------------------------------------------------------------------ convolutions
 
 
@@ -104,8 +133,6 @@ def no_images(eqn: Any, values: Sequence[Any]) -> str:
     stored = tuple(seen.order[a] for a in (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
     if stored != tuple(range(ndim)) or inside(leaf).out != (ndim - 1,):
         return "the kernel is not stored as [*window, channels, outputs]"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     return ""
 
 
@@ -139,8 +166,18 @@ def of_images(eqn: Any, values: Sequence[Any], conv: Callable[..., jax.Array]) -
     return [y.transpose(*(where.index(a) for a in range(y.ndim))).astype(out.aval.dtype)]
 
 
+def by_channels(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
+    """Says whether a bias of a shape, if any, adds to the outputs of a convolution."""
+    [out], channels = eqn.outvars, eqn.params["dimension_numbers"].out_spec[1]
+    shape = out.aval.shape
+    return bias in (None, tuple(n if a == channels else 1 for a, n in enumerate(shape)))
+
+
 def _as_image(leaf: Any) -> Any:
     """Returns the kernel of a sequence as that of an image of one line."""
-    if leaf.around:
-        return dataclasses.replace(leaf, values=_as_image(leaf.values), core=(1, *leaf.core))
-    return dataclasses.replace(leaf, core=(1, *leaf.core), out=tuple(a + 1 for a in leaf.out))
+    changed: dict[str, Any] = {"core": (1, *leaf.core)}
+    if is_encoded(getattr(leaf, "values", None)):
+        changed["values"] = _as_image(leaf.values)
+    if not leaf.around:
+        changed["out"] = tuple(a + 1 for a in leaf.out)
+    return dataclasses.replace(leaf, **changed)

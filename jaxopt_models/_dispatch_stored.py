@@ -199,7 +199,7 @@ def stored(eqn: Any, values: Sequence[Any], *, interpret: bool = False) -> list[
 
 
 def _kernel(name: str, platform: str, run: Any, refuses: Any, *, quiet: bool = False) -> Kernel:
-    return Kernel(name, "dot_general", Encoded, (platform,), run, refuses, quiet)
+    return Kernel(name, "dot_general", Encoded, (platform,), run, refuses, quiet=quiet)
 
 
 KERNELS += [

@@ -60,9 +60,10 @@ def interpret(
     jaxpr: Any,
     consts: Sequence[Any],
     args: Sequence[Any],
-    apply: Callable[[Any, list[Any]], Sequence[Any]],
+    apply: Callable[..., Sequence[Any]],
     *,
     number: Callable[[Any], Any] = lambda x: x,
+    follow: Callable[[Any, list[Any]], Any] = lambda eqn, operands: None,
 ) -> list[Any]:
     """Runs the equations of a jaxpr in order.
 
@@ -70,8 +71,11 @@ def interpret(
       jaxpr: the program.
       consts: what its constants are.
       args: what it is applied to.
-      apply: from an equation and its operands to its outputs.
+      apply: from an equation and its operands to its outputs; of one that was put off, with what
+        it was put off for and the operand that this adds to.
       number: from a number written into an equation to the operand that it is.
+      follow: from an equation and its operands to the equations that are computed with it, an
+        :class:`jaxopt_models._epilogue.Epilogue`, or ``None``; it is then put off to their last.
 
     Returns:
       The outputs.
@@ -83,8 +87,24 @@ def interpret(
 
     env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
+    late: dict[int, Any] = {}
+    passed: set[int] = set()
     for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, apply(eqn, [read(v) for v in eqn.invars]), strict=True))
+        if id(eqn) in late:
+            product, operands, epilogue = late[id(eqn)]
+            bias = None if epilogue.bias is None else read(epilogue.bias)
+            found = apply(product, operands, epilogue, bias)
+        elif id(eqn) in passed:
+            continue
+        else:
+            operands = [read(v) for v in eqn.invars]
+            epilogue = follow(eqn, operands)
+            if epilogue is not None:
+                late[id(epilogue.equations[-1])] = eqn, operands, epilogue
+                passed.update(map(id, epilogue.equations))
+                continue
+            found = apply(eqn, operands)
+        env.update(zip(eqn.outvars, found, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 

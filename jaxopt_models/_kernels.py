@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._encoded import Encoded, is_encoded
+from ._encoded import Encoded, innermost, is_encoded
+from ._epilogue import Tail
 from ._products import Product, product_of
 from ._roles import Roles, roles
 from ._tracked import Deferred, Tracked, is_tracked, origins_of, packed, readers, values_of
@@ -64,6 +65,8 @@ class Kernel:
       run: from the equation and its operands (arrays, and the leaf or what waits on it) to its
         outputs.
       refuses: from the same to the reason why it does not fit, or ``""``.
+      follows: from the same and the shape of a bias (``None`` for none) to whether it computes an
+        epilogue, too; ``run`` then takes it as ``tail``.
       quiet: whether another kernel of its platforms says why a parameter does not fit.
     """
 
@@ -73,6 +76,7 @@ class Kernel:
     platforms: tuple[str, ...]
     run: Callable[..., list[Any]]
     refuses: Callable[[Any, Sequence[Any]], str] = lambda eqn, operands: ""
+    follows: Callable[[Any, Sequence[Any], Any], bool] = lambda eqn, operands, bias: False
     quiet: bool = False
 
     @property
@@ -96,6 +100,14 @@ class Choice:
         """The names and where they run."""
         return ", ".join(k.label for k in self.kernels)
 
+    def follows(self, eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
+        """Says whether one of them computes an epilogue with a bias of some shape, too."""
+        return any(k.follows(eqn, values, bias) for k in self.kernels)
+
+    def on(self, platform: str) -> Kernel | None:
+        """Returns the one that runs on a platform."""
+        return next((k for k in self.kernels if not k.platforms or platform in k.platforms), None)
+
     def run(
         self,
         eqn: Any,
@@ -103,6 +115,7 @@ class Choice:
         *,
         otherwise: Callable[..., Any],
         looping: bool,
+        tail: Tail | None = None,
     ) -> list[Any]:
         """Runs the kernel of the platform that the program is compiled for, else ``otherwise``.
 
@@ -111,6 +124,7 @@ class Choice:
           operands: as for :func:`pick`.
           otherwise: from the equation, its operands and ``looping`` to its outputs.
           looping: whether this is in a loop, where nothing is merged across iterations.
+          tail: what follows the operation, which a kernel may compute, too.
 
         Returns:
           The outputs.
@@ -119,13 +133,22 @@ class Choice:
             return list(self.kernels[0].run(eqn, values_of(operands)))
 
         def use(operands: Sequence[Any]) -> Callable[..., Any]:
-            def elsewhere(*values: Any) -> tuple[Any, ...]:
+            def finished(found: Sequence[Any], bias: Any) -> tuple[Any, ...]:
+                return tuple(found if tail is None else map(tail.having(bias), found))
+
+            def elsewhere(bias: Any, *values: Any) -> tuple[Any, ...]:
                 pairs = zip(operands, values, strict=True)
                 again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
-                return tuple(otherwise(eqn, again, looping))
+                return finished(otherwise(eqn, again, looping), bias)
 
             def by(kernel: Kernel) -> Callable[..., tuple[Any, ...]]:
-                return lambda *values: tuple(kernel.run(eqn, values))
+                def run(bias: Any, *values: Any) -> tuple[Any, ...]:
+                    shape = None if bias is None else bias.shape
+                    if tail is None or not kernel.follows(eqn, values, shape):
+                        return finished(kernel.run(eqn, values), bias)
+                    return tuple(kernel.run(eqn, values, tail=tail.having(bias)))
+
+                return run
 
             here = {p: by(k) for k in self.kernels for p in k.platforms}
             default = next((by(k) for k in self.kernels if not k.platforms), elsewhere)
@@ -137,12 +160,13 @@ class Choice:
 
             return either
 
-        values = values_of(operands)
+        values, bias = values_of(operands), None if tail is None else tail.bias
         if any(map(readers, values)):  # what rounds an input is told where it came from
-            return list(use(operands)(*values))
+            return list(use(operands)(bias, *values))
         alone = [Tracked(v) if packed(v) else None for v in values]
-        same = _Use((self, otherwise, looping, _key(eqn, values)), lambda: use(alone))
-        return list(_kept(same)(*values))
+        activation = None if tail is None else tail.activation
+        key = self, otherwise, looping, activation, _key(eqn, values)
+        return list(_kept(_Use(key, lambda: use(alone)))(bias, *values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +224,8 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
         where = kernel.platforms
         if kernel.operation != name or not isinstance(leaf, kernel.leaf) or where in found:
             continue
+        if where and "cpu" not in where and innermost(leaf).laid_out:
+            continue
         reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
         if not reason:
             found[where] = kernel
@@ -211,6 +237,14 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
     if not found:
         return None, known or f"no kernel for {name} of {leaf.kind()}"
     return Choice(tuple(found.values())), known
+
+
+def names_for(leaf: Encoded) -> list[str]:
+    """Returns the kernels that multiply with a leaf that is laid out, as far as it alone says."""
+    own = [k for k in KERNELS if k.leaf is not Encoded and isinstance(leaf, k.leaf)]
+    operations = {"dot_general"} | ({"conv_general_dilated"} if leaf.ndim in (3, 4) else set())
+    found = own or [k for k in KERNELS if k.leaf is Encoded and "cpu" in k.platforms]
+    return [k.name for k in found if k.operation in operations and not k.quiet]
 
 
 def _divided(eqn: Any, operands: Sequence[Any], position: int) -> str:

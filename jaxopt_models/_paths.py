@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -155,3 +155,18 @@ def _not_a_parameter(node: Any, value: Any) -> str:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return str(dtype)
     return ""
+
+
+def match_paths(params: Any, leaves: Sequence[Parameter], *, who: str) -> dict[str, Any]:
+    """Returns the arrays of a dense tree by path, checked against the leaves of another."""
+    dense = {p.path: p.value for p in flatten(params)[0]}
+    here = {p.path: p.value for p in leaves}
+    if set(dense) != set(here):
+        only = sorted(set(dense) - set(here)), sorted(set(here) - set(dense))
+        raise ValueError(
+            f"{who}: the trees differ: only dense {only[0]}, only compressed {only[1]}"
+        )
+    for path, x in here.items():
+        if hasattr(x, "shape") and tuple(x.shape) != tuple(dense[path].shape):
+            raise ValueError(f"{who}: {path} is {x.shape} compressed, {dense[path].shape} dense")
+    return dense

@@ -78,8 +78,16 @@ class Table:
 
         table = RichTable(box=box.SIMPLE_HEAD)
         for name in self.columns:
-            numeric = any(isinstance(v, (int, float)) for v in self.column(name))
-            table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+            values = self.column(name)
+            numeric = any(isinstance(v, (int, float)) for v in values)
+            # Names are folded last: a path in pieces cannot be read, or searched for.
+            longest = max((len(show_value(v)) for v in values), default=0)
+            table.add_column(
+                Text(name),
+                justify="right" if numeric else "left",
+                overflow="fold",
+                min_width=min(longest, 40) if name == self.columns[0] else None,
+            )
         for row in self.rows:
             table.add_row(*(Text(show_value(v)) for v in row.values()))
         return table

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._encoded import Encoded, is_encoded
-from ._paths import flatten
-from ._plan import match_paths
+from ._paths import flatten, match_paths
 
 
 class VerifyError(ValueError):

@@ -47,6 +47,7 @@ import jax.numpy as jnp
 from . import _bodies
 from ._bits import dtype_bits
 from ._deferred import ARITHMETIC, ENTRYWISE, LAYOUT, deferred, dynamic_slice, several, stacked
+from ._epilogue import Epilogue, Epilogues, Tail
 from ._jaxpr import bind, interpret, is_literal
 from ._kernels import pick
 from ._products import Product, multiply_adds, product_of
@@ -80,6 +81,8 @@ class Walk:
 
     collects: ClassVar[bool] = False
     kernels: ClassVar[bool] = True
+    #: Whether a kernel may compute what follows a product, too, whose equations are then not met.
+    fuses: ClassVar[bool] = False
 
     @property
     def loops(self) -> list[Any]:
@@ -98,9 +101,32 @@ class Walk:
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a jaxpr; an output that is an untouched leaf stays one."""
         # Constants hang on no data: arithmetic of a parameter with one is still deferred.
-        return interpret(jaxpr, list(map(Tracked, consts)), args, self._apply)
+        epilogues = Epilogues(jaxpr)
 
-    def _apply(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        def follow(eqn: Any, operands: list[Any]) -> Epilogue | None:
+            return self._follow(epilogues, eqn, operands) if self.fuses else None
+
+        return interpret(jaxpr, list(map(Tracked, consts)), args, self._apply, follow=follow)
+
+    def _follow(self, epilogues: Epilogues, eqn: Any, operands: list[Any]) -> Epilogue | None:
+        """Returns what follows an equation, if a kernel computes it with it."""
+        if not multiply_adds(eqn) or not any(packed(x) for x in operands if is_tracked(x)):
+            return None
+        choice, found = pick(eqn, operands)[0], epilogues.of(eqn)
+        if choice is None or found is None:
+            return None
+        shape = None if found.bias is None else found.bias.aval.shape
+        return found if choice.follows(eqn, values_of(operands), shape) else None
+
+    def _apply(
+        self,
+        eqn: Any,
+        operands: list[Any],
+        epilogue: Epilogue | None = None,
+        bias: Any = None,
+    ) -> list[Any]:
+        if epilogue is not None:
+            return self.use_all(eqn, operands, epilogue, bias)
         if any(map(is_tracked, operands)) or self.wants(eqn):
             rule = self.rules.get(eqn.primitive.name, type(self).meet)
             found = rule(self, eqn, operands)
@@ -146,6 +172,16 @@ class Walk:
         if choice is not None:
             return choice.run(eqn, operands, otherwise=_rebuilt, looping=looping)
         return _rebuilt(eqn, operands, looping)
+
+    def use_all(
+        self, eqn: Any, operands: Sequence[Any], epilogue: Epilogue, bias: Any
+    ) -> list[Any]:
+        """An operation meets a parameter, and a kernel computes what follows, too."""
+        choice = pick(eqn, operands)[0]
+        assert choice is not None
+        tail = Tail(None if bias is None else dense(bias), epilogue.activation)
+        looping = bool(self.loops)
+        return choice.run(eqn, operands, otherwise=_rebuilt, looping=looping, tail=tail)
 
     def body(self, eqn: Any, jaxpr: Any, consts: Sequence[Any]) -> Callable[..., Any]:
         """Returns a body as a function of its operands to arrays, and what it emits."""

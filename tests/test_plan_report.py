@@ -47,7 +47,7 @@ def test_plan_counts_what_compress_stores(encoder):
     reported = {row["path"]: row for row in jom.report(PARAMS, small)}
     for path in ("a", "b", "bias", "step"):
         assert reported[path]["bits"] == rows[path]["bits"]
-    assert planned.notes == jom.report(PARAMS, small).notes
+    assert planned.notes == jom.report(PARAMS, small).notes[:1]
 
 
 def test_plan_says_why_and_how():

@@ -14,3 +14,4 @@ from ._build import clear as clear
 from ._load import Loaded as Loaded
 from ._load import forced as forced
 from ._load import status as status
+from ._memory import keep_memory as keep_memory

@@ -103,6 +103,20 @@ def status() -> Loaded:
         return _LOADED[isa]
 
 
+def missing() -> str:
+    """Says why there are no kernels as far as that is known without compiling, else ``""``."""
+    isa = chosen()
+    with _LOCK:
+        found = _LOADED.get(isa) or (_load(isa) if isa == "off" else None)
+    if found is not None:
+        return found.why
+    try:
+        _build.library(isa)
+    except _build.BuildError as e:
+        return str(e)
+    return ""
+
+
 def forget() -> None:
     """Looks for a compiler again at the next use, where there was none."""
     with _LOCK:

@@ -9,20 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._activations import ACTIVATIONS
 from .._encoded import is_encoded
 from ..quant import WithInput
 from ..quant._with_input import grid
 from ._layout import Layer, Packed
 
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-}
 _MODES = ("float", "row", "pair", "static")
 
 

@@ -17,8 +17,7 @@ from .._call import name_of
 from .._encoded import is_encoded
 from .._graph import like, traced
 from .._options import pattern
-from .._paths import flatten
-from .._plan import match_paths
+from .._paths import flatten, match_paths
 from ._biases import Biased, biased
 from ._rows import by_column
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from .._packed import ACTIVATIONS
+from ..._activations import ACTIVATIONS
 
 
 def conv(

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._activations import ACTIVATIONS
 from ..._axes import Matrix
 from .._calls import axis_of, by_rows, can_sum, count_of, either, names_of, placed
 from .._layout import CHUNK, PANEL
 from .._load import Loaded
-from .._packed import ACTIVATIONS, Options, check_call, check_operands, one_of, prepared
+from .._packed import Options, check_call, check_operands, one_of, prepared
 from . import pallas_gpu, reference, stored
 
 

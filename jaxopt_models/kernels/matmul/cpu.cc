@@ -21,6 +21,8 @@ namespace {
 
 constexpr int kMostRows = 6;  // of a tile, where codes are whole bytes
 constexpr int kFewRows = 4;   // and where they are unpacked in it
+// Weights that stay in the cache of a core.
+constexpr int64_t kNearBytes = 768 << 10;
 
 struct Job {
   const Matmul& a;
@@ -59,6 +61,14 @@ JOM_INLINE void add_chunk(Ints (&acc)[D][MR][NV], const uint8_t* p, const int8_t
 // Adds the bias to a tile, applies the activation function, and stores what lies within the columns.
 __attribute__((noinline)) void finish(const Matmul& a, const Floats* f, int height, int vectors,
                                       int64_t row, int64_t column) {
+  if (column >= a.first && column + vectors * kLanes <= a.last && !a.y_bf16 && !a.bias &&
+      a.act == Activation::kNone) {
+    for (int r = 0; r < height; r++) {
+      float* to = (float*)a.y + (row + r) * a.n + column;
+      for (int v = 0; v < vectors; v++) store(to + v * kLanes, f[r * vectors + v]);
+    }
+    return;
+  }
   for (int v = 0; v < vectors; v++) {
     const int64_t at = column + v * kLanes;
     if (at >= a.last) return;
@@ -113,7 +123,9 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
   const uint8_t* w = a.w + panel * a.chunks * (BITS * kPanel * 4) + first * 64;
   const int64_t side = panel * a.groups * kPanel + first * kLanes;
 
-  Floats f[MR][NV];
+  Floats sums[MR * NV], *f = sums;
+  // In memory, not in registers, which the accumulators need.
+  asm("" : "+r"(f) : : "memory");
   Ints acc[A][MR][NV];
   for (int64_t s = 0; s < segments; s++) {
     const int32_t* totals = x.totals + (local * segments + s) * D;
@@ -146,6 +158,18 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
       }
     }
     const int64_t g = a.groups == 1 ? 0 : s * x.segment / (a.chunks * kChunk / a.groups);
+    if (!TABLE && segments == 1 && !a.zero && !a.sums) {  // nothing but the scales
+      JOM_UNROLL
+      for (int r = 0; r < MR; r++) {
+        const Floats u = floats(x.scales[local + r]);
+        JOM_UNROLL
+        for (int v = 0; v < NV; v++) {
+          const Floats y = to_floats(D == 2 ? joined(acc[0][r][v], acc[A - 1][r][v]) : acc[0][r][v]);
+          f[r * NV + v] = y * u * load(a.scale + side + v * kLanes);
+        }
+      }
+      break;
+    }
     JOM_UNROLL
     for (int r = 0; r < MR; r++) {
       float u = x.scales[(local + r) * segments + s];
@@ -161,11 +185,11 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
         if (a.zero) y = y - load(a.zero + at) * floats(total);
         if (a.sums) y = y - floats(x.zeros[local + r]) * load(a.sums + at);
         y = y * floats(u) * load(a.scale + at);
-        f[r][v] = s ? f[r][v] + y : y;
+        f[r * NV + v] = s ? f[r * NV + v] + y : y;
       }
     }
   }
-  finish(a, &f[0][0], MR, NV, row, panel * kPanel + first * kLanes);
+  finish(a, f, MR, NV, row, panel * kPanel + first * kLanes);
 }
 
 template <int BITS, int D, int MR, int NV, bool TABLE>
@@ -267,53 +291,63 @@ void products(const Matmul& a, const Prepare& prepare, const Pool& pool) {
   const int64_t panel = a.first / kPanel, panels = (a.last + kPanel - 1) / kPanel - panel;
 
   for (int64_t start = 0; start < a.m; start += whole) {
-    const int64_t stop = std::min(a.m, start + whole);
-    // What a tile takes at once, in the order of the rows: as many as it can, then 4, 2, 1.
-    std::vector<std::pair<int64_t, int>> blocks;
-    for (int64_t row = start; row < stop; row += blocks.back().second) {
-      const int64_t left = stop - row;
-      blocks.emplace_back(row, left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1);
-    }
-    const int count = (int)blocks.size();
-    auto prepared = [&](int b) {
-      auto [row, height] = blocks[b];
-      prepare(row, height, x.from(row - start, padded));
-    };
-    // A short piece of work is done before a thread has woken up.
-    if ((stop - start) * a.k < 16384) {
-      for (int b = 0; b < count; b++) prepared(b);
-    } else {
-      const int pieces = std::min(count, 4 * pool.threads());
-      pool.each(pieces, [&](int p) {
-        for (int b = count * p / pieces; b < count * (p + 1) / pieces; b++) prepared(b);
-      });
-    }
-
-    std::vector<int> starts;  // of the parts, as blocks
-    for (int b = 0; b < count; b++) {
-      if (starts.empty() || blocks[b].first - blocks[starts.back()].first >= part) {
-        starts.push_back(b);
-      }
-    }
-    starts.push_back(count);
+    const int64_t stop = std::min(a.m, start + whole), height = stop - start;
     Job j{a, x, start, {}, {}, 1.0f};
     if (a.table) take_table(j);
-    auto work = [&](int64_t i) {
-      for (int b = starts[i / panels]; b < starts[i / panels + 1]; b++) {
-        auto [row, height] = blocks[b];
-        digits == 1 ? rows<1>(j, panel + i % panels, row, height)
-                    : rows<2>(j, panel + i % panels, row, height);
+    // Calls f with the rows from one to another as tiles take them: as many as one can, then 4, 2, 1.
+    auto tiled = [&](int64_t from, int64_t to, auto&& f) {
+      for (int64_t row = from; row < to;) {
+        const int64_t left = to - row;
+        const int taken = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        f(row, taken);
+        row += taken;
       }
     };
-    const int64_t items = (int64_t)(starts.size() - 1) * panels;
-    if ((stop - start) * padded * (a.last - a.first) < (1 << 17)) {
-      for (int64_t i = 0; i < items; i++) work(i);
+    auto prepared = [&](int64_t from, int64_t to) {
+      tiled(from, to, [&](int64_t row, int taken) {
+        prepare(row, taken, x.from(row - start, padded));
+      });
+    };
+    auto product = [&](int64_t from, int64_t to, int64_t p) {
+      tiled(from, to, [&](int64_t row, int taken) {
+        digits == 1 ? rows<1>(j, panel + p, row, taken) : rows<2>(j, panel + p, row, taken);
+      });
+    };
+    // Where the rows of a piece begin.
+    auto cut = [&](int64_t i, int64_t pieces, int64_t unit) {
+      return i >= pieces ? stop : start + height * i / pieces / unit * unit;
+    };
+    // A short piece of work is done before a thread has woken up.
+    const bool few = height * padded * (a.last - a.first) < (1 << 17);
+    const int64_t tiles = height / most;
+    if (few || (panels * a.chunks * kPanel * 4 * a.bits <= kNearBytes &&
+                tiles >= 2 * pool.threads())) {
+      // All weights stay near a core: it takes rows from one end to the other.
+      const int64_t pieces = few ? 1
+                             : tiles < 8 * pool.threads()
+                                 ? pool.threads()
+                                 : std::min<int64_t>(tiles / 2, 16 * pool.threads());
+      // Where each takes just one, even pieces matter more than whole tiles.
+      const int64_t unit = pieces > pool.threads() ? most : 2;
+      pool.each((int)pieces, [&](int i) {
+        const int64_t from = cut(i, pieces, unit), to = cut(i + 1, pieces, unit);
+        prepared(from, to);
+        for (int64_t p = 0; p < panels; p++) product(from, to, p);
+      });
       continue;
     }
+    // All that follows sees the same tiles: their rows count from the start.
+    const int64_t cuts =
+        height * a.k < 16384 ? 1 : std::clamp<int64_t>(tiles, 1, 4 * pool.threads());
+    pool.each((int)cuts, [&](int i) { prepared(cut(i, cuts, most), cut(i + 1, cuts, most)); });
     // Neighbouring panels go together, as a thread reads them in one stream.
+    const int64_t items = (height + part - 1) / part * panels;
     const int64_t pieces = std::min<int64_t>(items, 8 * pool.threads());
-    pool.each((int)pieces, [&](int p) {
-      for (int64_t i = items * p / pieces; i < items * (p + 1) / pieces; i++) work(i);
+    pool.each((int)pieces, [&](int i) {
+      for (int64_t n = items * i / pieces; n < items * (i + 1) / pieces; n++) {
+        const int64_t from = start + n / panels * part;
+        product(from, std::min(stop, from + part), n % panels);
+      }
     });
   }
 }

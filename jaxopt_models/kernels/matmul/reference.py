@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..._activations import ACTIVATIONS
 from ..._axes import Matrix
 from .._layout import Packed, spread
-from .._packed import ACTIVATIONS, codes_of
+from .._packed import codes_of
 
 
 def matmul(x: jax.Array, w: Any, bias: jax.Array | None, activation: str) -> jax.Array:

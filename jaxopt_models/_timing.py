@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -31,13 +30,3 @@ def interleaved(
                 run()
             times[name].append((time.perf_counter() - start) / repeats[name])
     return times
-
-
-def ratio(times: Mapping[str, list[float]], name: str, over: str) -> float:
-    """Returns the median of the ratios of two functions, round by round."""
-    return statistics.median(a / b for a, b in zip(times[name], times[over], strict=True))
-
-
-def median(times: Mapping[str, list[float]], name: str) -> float:
-    """Returns the median of the seconds of one function."""
-    return statistics.median(times[name])
