@@ -8,6 +8,7 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import _dispatch as _dispatch
+from . import _dispatch_stored as _dispatch_stored
 from . import artifact as artifact
 from . import codebook as codebook
 from . import kernels as kernels

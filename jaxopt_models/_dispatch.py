@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,72 +15,69 @@ from . import _dispatch_sparse as _dispatch_sparse
 from ._dispatch_shapes import (
     by_channels,
     by_columns,
+    inside,
+    no_floats,
     no_images,
     no_rows,
     of_images,
     of_rows,
     operand,
+    unready,
 )
-from ._encoded import Encoded
+from ._encoded import Encoded, innermost
 from ._epilogue import NOTHING, Tail
 from ._jaxpr import varying
 from ._kernels import KERNELS, Kernel
 from ._lookup import rows_of
-from ._pack import why_not
-from .kernels import conv, matmul, status
+from ._moved import is_moved, pointwise, product
+from .kernels import conv
 from .kernels.matmul import Packed
 from .quant import WithInput
 
 
-def _codes(leaf: Encoded) -> Any:
-    return leaf.values if isinstance(leaf, WithInput) else leaf
-
-
-def _unfit(leaf: Encoded) -> str:
-    """Says why a leaf is not for the compiled kernels, ``""`` if it is."""
-    if not isinstance(_codes(leaf), Packed):
-        why = why_not(leaf)
-        return why or "it is not laid out: call jaxopt_models.pack(tree)"
-    found = status()
-    return "" if found.path else f"there are no compiled kernels: {found.why}"
-
-
-def _unfit_input(leaf: Encoded, x: Any) -> str:
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the input is {x.dtype}"
-    if isinstance(leaf, WithInput):
+def _unfit(eqn: Any, values: Sequence[Any]) -> str:
+    """Says why operands are not for the compiled kernels, ``""`` if they are."""
+    position, seen = operand(values)
+    leaf, x = seen.leaf, values[1 - position]
+    why = unready(leaf, isinstance(innermost(leaf), Packed)) or no_floats(eqn, x)
+    if not why and isinstance(leaf, WithInput):
         if leaf.per == "tensor" and varying(x):
             return "its whole input is on several devices"
         if leaf.scale is not None and leaf.scale.size > 1:
             return "each of its stacked tensors has an input scale"
-        if not leaf.symmetric and _codes(leaf).sums is None:
+        if not leaf.symmetric and not is_moved(leaf) and leaf.values.sums is None:
             return "it was packed before it got quant.Input; pack last"
-    return ""
+    return why
 
 
 # ------------------------------------------------------------------ products
 
 
 def _dot_refuses(eqn: Any, values: Sequence[Any]) -> str:
-    position, seen = operand(values)
-    why = _unfit(seen.leaf) or _unfit_input(seen.leaf, values[1 - position])
-    return why or no_rows(eqn, values)
+    return _unfit(eqn, values) or no_rows(eqn, values)
 
 
 def _dot(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
-    return of_rows(eqn, values, functools.partial(matmul.matmul, **tail.options))
+    return of_rows(eqn, values, functools.partial(product, **tail.options))
 
 
 # ------------------------------------------------------------------ convolutions
 
 
 def _conv_refuses(eqn: Any, values: Sequence[Any]) -> str:
-    position, seen = operand(values)
-    why = _unfit(seen.leaf) or _unfit_input(seen.leaf, values[1 - position])
-    return why or no_images(eqn, values)
+    if why := _unfit(eqn, values) or no_images(eqn, values):
+        return why
+    leaf, p = operand(values)[1].leaf, eqn.params
+    wide = math.prod(inside(leaf).core[:-2]) > 1 or p["feature_group_count"] > 1
+    if is_moved(leaf) and (wide or any(map(any, p["padding"]))):
+        kind = type(inside(leaf)).__name__
+        return f"{kind} is undone to inputs of windows of one pixel alone, without padding"
+    return ""
 
 
 def _conv(eqn: Any, values: Sequence[Any], tail: Tail = NOTHING) -> list[Any]:
+    if is_moved(operand(values)[1].leaf):
+        return of_images(eqn, values, functools.partial(pointwise, **tail.options))
     groups = eqn.params["feature_group_count"]
     return of_images(eqn, values, functools.partial(conv.conv, groups=groups, **tail.options))
 
@@ -112,8 +110,8 @@ def _lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
     rows = rows_of(seen.leaf, at)
     if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         fill = eqn.params["fill_value"]
-        inside = ((flat >= 0) & (flat < shape[0])).reshape(-1, *[1] * (len(shape) - 1))
-        rows = jnp.where(inside, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
+        within = ((flat >= 0) & (flat < shape[0])).reshape(-1, *[1] * (len(shape) - 1))
+        rows = jnp.where(within, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
     return [rows.reshape(out.aval.shape).astype(out.aval.dtype)]
 
 

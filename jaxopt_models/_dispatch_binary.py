@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
-from ._dispatch_shapes import no_images, no_rows, of_images, of_rows, operand
+from ._dispatch_shapes import (
+    no_floats,
+    no_images,
+    no_rows,
+    of_images,
+    of_rows,
+    operand,
+    unready,
+)
 from ._kernels import KERNELS, Kernel
-from .kernels import binary, status
-from .kernels.binary.layout import PackedSigns, why_not
+from .kernels import binary
+from .kernels.binary.layout import PackedSigns
 from .quant._xnor import WithSign
 
 
-def _unfit(values: Sequence[Any]) -> str:
+def _unfit(eqn: Any, values: Sequence[Any]) -> str:
     """Says why operands are not for the compiled kernels, ``""`` if they are."""
     position, seen = operand(values)
     leaf, x = seen.leaf, values[1 - position]
-    if not isinstance(leaf.values, PackedSigns):
-        return why_not(leaf) or "it is not laid out: call jaxopt_models.pack(tree)"
-    found = status()
-    if not found.path:
-        return f"there are no compiled kernels: {found.why}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the input is {x.dtype}"
-    return ""
+    return unready(leaf, isinstance(leaf.values, PackedSigns)) or no_floats(eqn, x)
 
 
 def _dot_refuses(eqn: Any, values: Sequence[Any]) -> str:
-    return _unfit(values) or no_rows(eqn, values)
+    return _unfit(eqn, values) or no_rows(eqn, values)
 
 
 def _dot(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -37,7 +36,7 @@ def _dot(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _conv_refuses(eqn: Any, values: Sequence[Any]) -> str:
-    if why := _unfit(values) or no_images(eqn, values):
+    if why := _unfit(eqn, values) or no_images(eqn, values):
         return why
     return "its channels are in groups" if eqn.params["feature_group_count"] > 1 else ""
 

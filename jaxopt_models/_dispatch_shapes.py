@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Matrix
-from ._encoded import Encoded
+from ._encoded import Encoded, is_encoded
 from ._kernels import View
+from ._pack import why_not
+from .kernels import status
+from .kernels.matmul.stored import anywhere, codes_of
 
 
 def operand(values: Sequence[Any]) -> tuple[int, View]:
@@ -26,6 +29,23 @@ def inside(leaf: Encoded) -> Any:
     return leaf.values if leaf.around else leaf
 
 
+def unready(leaf: Any, laid_out: bool) -> str:
+    """Says why a leaf cannot meet any compiled kernel, ``""`` if it can."""
+    if not laid_out:
+        return why_not(leaf) or "it is not laid out: call jaxopt_models.pack(tree)"
+    found = status()
+    return "" if found.path else f"there are no compiled kernels: {found.why}"
+
+
+def no_floats(eqn: Any, x: Any) -> str:
+    """Says that a product has an input or a result that no kernel has, ``""`` otherwise."""
+    floats = (jnp.float32, jnp.bfloat16)
+    if x.dtype not in floats:
+        return f"the input is {x.dtype}"
+    result = eqn.outvars[0].aval.dtype
+    return "" if result in floats else f"the result is {result}"
+
+
 # ------------------------------------------------------------------ products
 
 
@@ -34,14 +54,12 @@ def no_rows(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
     leaf = seen.leaf
     contract, batch = eqn.params["dimension_numbers"]
-    codes, n = inside(leaf), len(leaf.stack)
+    codes, n = codes_of(inside(leaf)), len(leaf.stack)
     reduced = sorted(seen.order[a] - n for a in contract[position])
-    if tuple(reduced) != Matrix(codes.core, codes.out).inner:
+    if not anywhere(codes) and tuple(reduced) != Matrix(codes.core, codes.out).inner:
         return "the product sums over other axes than its inputs"
     if sorted(seen.order[a] for a in batch[position]) != list(range(n)):
         return "its stack axes are not those of a batch of products"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     return ""
 
 
@@ -115,8 +133,6 @@ def no_images(eqn: Any, values: Sequence[Any]) -> str:
     stored = tuple(seen.order[a] for a in (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
     if stored != tuple(range(ndim)) or inside(leaf).out != (ndim - 1,):
         return "the kernel is not stored as [*window, channels, outputs]"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     return ""
 
 
@@ -159,6 +175,9 @@ def by_channels(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -
 
 def _as_image(leaf: Any) -> Any:
     """Returns the kernel of a sequence as that of an image of one line."""
-    if leaf.around:
-        return dataclasses.replace(leaf, values=_as_image(leaf.values), core=(1, *leaf.core))
-    return dataclasses.replace(leaf, core=(1, *leaf.core), out=tuple(a + 1 for a in leaf.out))
+    changed: dict[str, Any] = {"core": (1, *leaf.core)}
+    if is_encoded(getattr(leaf, "values", None)):
+        changed["values"] = _as_image(leaf.values)
+    if not leaf.around:
+        changed["out"] = tuple(a + 1 for a in leaf.out)
+    return dataclasses.replace(leaf, **changed)

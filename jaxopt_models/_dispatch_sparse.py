@@ -6,13 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
-from ._dispatch_shapes import no_rows, of_rows, operand
+from ._dispatch_shapes import no_floats, no_rows, of_rows, operand, unready
 from ._encoded import Masked
 from ._kernels import KERNELS, Kernel
-from ._pack import why_not
-from .kernels import sparse, status
+from .kernels import sparse
 from .kernels.sparse import PackedBlocks, PackedPairs
 
 #: Rows up to which pairs are faster than the rebuilt weight.
@@ -22,14 +19,8 @@ MOST_ROWS_OF_PAIRS = 64
 def _refuses(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
     leaf, x = seen.leaf, values[1 - position]
-    if isinstance(leaf, Masked):
-        return why_not(leaf) or "it is not laid out: call jaxopt_models.pack(tree)"
-    found = status()
-    if not found.path:
-        return f"there are no compiled kernels: {found.why}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the input is {x.dtype}"
-    if why := no_rows(eqn, values):
+    why = unready(leaf, not isinstance(leaf, Masked)) or no_floats(eqn, x)
+    if why := why or no_rows(eqn, values):
         return why
     rows = math.prod(x.shape) // max(1, math.prod(leaf.stack) * leaf.matrix.rows)
     if isinstance(leaf, PackedPairs) and rows > MOST_ROWS_OF_PAIRS:

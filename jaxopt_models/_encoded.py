@@ -278,6 +278,13 @@ def is_encoded(x: Any) -> bool:
     return isinstance(x, Encoded)
 
 
+def innermost(leaf: Any) -> Any:
+    """Returns the values at the bottom of a leaf."""
+    while is_encoded(getattr(leaf, "values", None)):
+        leaf = leaf.values
+    return leaf
+
+
 def rebuilt(part: Any) -> Any:
     """Returns the array of a part of a leaf, which may be a leaf."""
     return part.materialize() if is_encoded(part) else part

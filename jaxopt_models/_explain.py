@@ -12,7 +12,7 @@ import jax
 from ._call import name_of, take_apart, trace
 from ._epilogue import Epilogue
 from ._jaxpr import bodies, scope_of
-from ._kernels import Kernel, pick
+from ._kernels import Choice, pick
 from ._products import multiply_adds, product_of
 from ._roles import Roles, roles
 from ._table import Table
@@ -109,7 +109,7 @@ class Use:
       axes: of the parameter, in words.
       parameter, input: shapes, ``None`` where there is no such operand.
       share: how much of the operand the parameter is.
-      kernel: what computes it, if a kernel does.
+      choice: what computes it, if a kernel does.
       runs: that in words.
       why: why no kernel does, for a compressed parameter.
       notes: all else there is to say.
@@ -127,7 +127,7 @@ class Use:
     parameter: Any = None
     input: Any = None
     share: Fraction = Fraction(1)
-    kernel: Kernel | None = None
+    choice: Choice | None = None
     runs: str = ""
     why: str = ""
     notes: tuple[str, ...] = ()
@@ -194,10 +194,10 @@ class Explaining(Walk):
     def _write(
         self, eqn: Any, operands: Sequence[Any], i: int, k: int, o: Any, tail: str = ""
     ) -> None:
-        kernel, why = None, ""
+        choice, why = None, ""
         value = operands[i].value
         if packed(value):
-            kernel, why = pick(eqn, operands) if self.may_run else (None, "no kernels here")
+            choice, why = pick(eqn, operands) if self.may_run else (None, "no kernels here")
         notes = []
         product, axes, share = product_of(eqn, i), "", Fraction(1)
         if not isinstance(product, str):
@@ -210,7 +210,7 @@ class Explaining(Walk):
             share = Fraction(1, len(operands[i].origins))
         ruled = [e.primitive.name for e in self.around if e.primitive.name.startswith("custom_")]
         if packed(value) and ruled:
-            kernel, why, notes = None, f"rebuilt before a {ruled[0]}, whose rule is kept", []
+            choice, why, notes = None, f"rebuilt before a {ruled[0]}, whose rule is kept", []
         if o.rebuilt:
             notes.append(f"rebuilt whole {o.rebuilt}")
         between = len(operands) > 1 and all(map(origins_of, operands))
@@ -226,8 +226,8 @@ class Explaining(Walk):
             parameter=eqn.invars[i].aval.shape,
             input=next((v.aval.shape for j, v in enumerate(eqn.invars) if j != i), None),
             share=share,
-            kernel=kernel,
-            runs=kernel.label + tail if kernel else otherwise,
+            choice=choice,
+            runs=choice.label + tail if choice else otherwise,
             why=why,
             notes=tuple(notes),
         )

@@ -9,17 +9,18 @@ used still meets its kernel (:class:`View`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._encoded import Encoded, is_encoded
+from ._encoded import Encoded, innermost, is_encoded
 from ._epilogue import Tail
 from ._products import Product, product_of
 from ._roles import Roles, roles
-from ._tracked import Deferred, is_tracked, origins_of, packed, readers, values_of
+from ._tracked import Deferred, Tracked, is_tracked, origins_of, packed, readers, values_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Kernel:
       refuses: from the same to the reason why it does not fit, or ``""``.
       follows: from the same and the shape of a bias (``None`` for none) to whether it computes an
         epilogue, too; ``run`` then takes it as ``tail``.
+      quiet: whether another kernel of its platforms says why a parameter does not fit.
     """
 
     name: str
@@ -75,52 +77,135 @@ class Kernel:
     run: Callable[..., list[Any]]
     refuses: Callable[[Any, Sequence[Any]], str] = lambda eqn, operands: ""
     follows: Callable[[Any, Sequence[Any], Any], bool] = lambda eqn, operands, bias: False
+    quiet: bool = False
 
     @property
     def label(self) -> str:
         """The name and where it runs; which of these it is, the compiler decides."""
         return f"{self.name} on {', '.join(self.platforms)}" if self.platforms else self.name
 
-    def on(
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The kernels of a use of a parameter.
+
+    Args:
+      kernels: one for each platform that has one, in the order of :data:`KERNELS`.
+    """
+
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def label(self) -> str:
+        """The names and where they run."""
+        return ", ".join(k.label for k in self.kernels)
+
+    def follows(self, eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
+        """Says whether one of them computes an epilogue with a bias of some shape, too."""
+        return any(k.follows(eqn, values, bias) for k in self.kernels)
+
+    def on(self, platform: str) -> Kernel | None:
+        """Returns the one that runs on a platform."""
+        return next((k for k in self.kernels if not k.platforms or platform in k.platforms), None)
+
+    def run(
         self,
         eqn: Any,
         operands: Sequence[Any],
         *,
         otherwise: Callable[..., Any],
+        looping: bool,
         tail: Tail | None = None,
     ) -> list[Any]:
-        """Runs where the program is compiled for a platform of this kernel, else ``otherwise``."""
-        if not self.platforms:
-            return list(self.run(eqn, values_of(operands)))
+        """Runs the kernel of the platform that the program is compiled for, else ``otherwise``.
 
-        def elsewhere(bias: Any, *values: Any) -> tuple[Any, ...]:
-            pairs = zip(operands, values, strict=True)
-            again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
-            found = otherwise(eqn, again)
-            return tuple(found if tail is None else map(tail.having(bias), found))
+        Args:
+          eqn: the equation.
+          operands: as for :func:`pick`.
+          otherwise: from the equation, its operands and ``looping`` to its outputs.
+          looping: whether this is in a loop, where nothing is merged across iterations.
+          tail: what follows the operation, which a kernel may compute, too.
 
-        def run(bias: Any, *values: Any) -> tuple[Any, ...]:
-            options = {} if tail is None else {"tail": tail.having(bias)}
-            return tuple(self.run(eqn, values, **options))
+        Returns:
+          The outputs.
+        """
+        if all(not k.platforms for k in self.kernels):
+            return list(self.kernels[0].run(eqn, values_of(operands)))
 
-        here = dict.fromkeys(self.platforms, run)
-        bias = None if tail is None else tail.bias
-        values = values_of(operands)
-        return list(jax.lax.platform_dependent(bias, *values, default=elsewhere, **here))
+        def use(operands: Sequence[Any]) -> Callable[..., Any]:
+            def finished(found: Sequence[Any], bias: Any) -> tuple[Any, ...]:
+                return tuple(found if tail is None else map(tail.having(bias), found))
+
+            def elsewhere(bias: Any, *values: Any) -> tuple[Any, ...]:
+                pairs = zip(operands, values, strict=True)
+                again = [dataclasses.replace(x, value=v) if is_tracked(x) else v for x, v in pairs]
+                return finished(otherwise(eqn, again, looping), bias)
+
+            def by(kernel: Kernel) -> Callable[..., tuple[Any, ...]]:
+                def run(bias: Any, *values: Any) -> tuple[Any, ...]:
+                    shape = None if bias is None else bias.shape
+                    if tail is None or not kernel.follows(eqn, values, shape):
+                        return finished(kernel.run(eqn, values), bias)
+                    return tuple(kernel.run(eqn, values, tail=tail.having(bias)))
+
+                return run
+
+            here = {p: by(k) for k in self.kernels for p in k.platforms}
+            default = next((by(k) for k in self.kernels if not k.platforms), elsewhere)
+
+            # Each branch would keep for the gradient what any of them needs.
+            @functools.partial(jax.checkpoint, prevent_cse=not looping)
+            def either(*values: Any) -> tuple[Any, ...]:
+                return jax.lax.platform_dependent(*values, default=default, **here)
+
+            return either
+
+        values, bias = values_of(operands), None if tail is None else tail.bias
+        if any(map(readers, values)):  # what rounds an input is told where it came from
+            return list(use(operands)(bias, *values))
+        alone = [Tracked(v) if packed(v) else None for v in values]
+        activation = None if tail is None else tail.activation
+        key = self, otherwise, looping, activation, _key(eqn, values)
+        return list(_kept(_Use(key, lambda: use(alone)))(bias, *values))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """A use of a parameter; equal ones are traced once."""
+
+    key: Any
+    make: Callable[[], Callable[..., Any]] = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=512)
+def _kept(use: _Use) -> Callable[..., Any]:
+    return jax.jit(use.make())
+
+
+def _key(eqn: Any, values: Sequence[Any]) -> Any:
+    """Returns what tells an equation on such operands from others."""
+    known = (eqn.primitive, tuple(sorted(eqn.params.items())))
+    avals = tuple(v.aval for v in (*eqn.invars, *eqn.outvars))
+    try:
+        hash(known)
+    except TypeError:
+        known = id(eqn)
+    return known, avals, tuple(jax.tree.structure(v) for v in values)
 
 
 KERNELS: list[Kernel] = []
 
 
-def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
-    """Chooses the kernel of an operation.
+def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
+    """Chooses the kernels of an operation.
 
     Args:
       eqn: the equation.
       operands: arrays, and tracked values where it meets parameters.
 
     Returns:
-      The first kernel that fits, or ``None`` and why none does.
+      For each platform the first kernel that fits, or ``None`` without any; and why those before
+      the first of these do not, and those for this type of leaf.
     """
     name, values = eqn.primitive.name, values_of(operands)
     waiting = [i for i, x in enumerate(values) if packed(x)]
@@ -132,24 +217,34 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Kernel | None, str]:
         step = values[position].step.name
         return None, f"the parameter goes through {step} before it is used"
     leaf = seen.leaf
-    why = f"no kernel for {name} of {leaf.kind()}"
+    found: dict[tuple[str, ...], Kernel] = {}
+    why: dict[tuple[str, ...], str] = {}
+    own: dict[tuple[str, ...], str] = {}
     for kernel in KERNELS:
-        if kernel.operation == name and isinstance(leaf, kernel.leaf):
-            reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
-            if not reason:
-                return kernel, ""
-            # A kernel for this very type knows best.
-            if kernel.leaf is not Encoded or why.startswith("no kernel"):
-                why = f"{kernel.name}: {reason}"
-    return None, why
+        where = kernel.platforms
+        if kernel.operation != name or not isinstance(leaf, kernel.leaf) or where in found:
+            continue
+        if where and "cpu" not in where and innermost(leaf).laid_out:
+            continue
+        reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
+        if not reason:
+            found[where] = kernel
+        elif kernel.leaf is not Encoded:  # a kernel for this very type knows best
+            own[where] = f"{kernel.name}: {reason}"
+        elif not found and not kernel.quiet:
+            why[where] = f"{kernel.name}: {reason}"
+    known = "; ".join({**why, **own}.values())
+    if not found:
+        return None, known or f"no kernel for {name} of {leaf.kind()}"
+    return Choice(tuple(found.values())), known
 
 
 def names_for(leaf: Encoded) -> list[str]:
     """Returns the kernels that multiply with a leaf that is laid out, as far as it alone says."""
     own = [k for k in KERNELS if k.leaf is not Encoded and isinstance(leaf, k.leaf)]
     operations = {"dot_general"} | ({"conv_general_dilated"} if leaf.ndim in (3, 4) else set())
-    found = own or [k for k in KERNELS if k.leaf is Encoded]
-    return [k.name for k in found if k.operation in operations]
+    found = own or [k for k in KERNELS if k.leaf is Encoded and "cpu" in k.platforms]
+    return [k.name for k in found if k.operation in operations and not k.quiet]
 
 
 def _divided(eqn: Any, operands: Sequence[Any], position: int) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +19,10 @@ from ._axes import Axes
 from ._bits import array_bits
 from ._chain import Chain
 from ._compress import fold, straight_through
-from ._encoded import Encoded, is_encoded
+from ._encoded import Encoded, innermost, is_encoded
 from ._encoder import Encoder
+from ._moved import is_moved
+from ._pack import pack
 from ._partition import combine, partition
 from ._prepare import prepare
 from ._recipe import Rule, recipe_from_json, recipe_to_json
@@ -193,8 +196,8 @@ def check_mask(case: Case, masks: bool) -> None:
     _law(not np.any(dropped[~keep] != 0), f"law 7: {case.where} revived zeros")
 
 
-def check_walk(case: Case, leaf: Encoded) -> None:
-    """Law 9."""
+def _program(case: Case, leaf: Encoded) -> tuple[Callable[..., jax.Array], jax.Array]:
+    """Returns a function of a leaf under ``w``, stacked layers in a loop, and its input."""
     core = leaf.shape[len(leaf.stack) :]
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, *core[:-1])), case.w.dtype)
 
@@ -208,6 +211,13 @@ def check_walk(case: Case, leaf: Encoded) -> None:
         if not leaf.stack:
             return product(w, x)
         return jax.lax.scan(lambda c, w: (c + 1, product(w, x)), 0, w)[1]
+
+    return fn, x
+
+
+def check_walk(case: Case, leaf: Encoded) -> None:
+    """Law 9."""
+    fn, x = _program(case, leaf)
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(run: Any, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -224,6 +234,25 @@ def check_walk(case: Case, leaf: Encoded) -> None:
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         near = np.allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
         _law(near, f"law 9: {case.where}, {name} is off by {np.abs(a - b).max()}")
+
+
+def check_packed(case: Case, leaf: Encoded) -> None:
+    """Law 10."""
+    packed = pack(leaf, target="cpu")
+    if packed is leaf:
+        return
+    _law(not packed.check(), f"law 10: {case.where}, {packed.check()}")
+    fn, x = _program(case, leaf)
+    got, want = jax.jit(accelerate(fn))({"w": packed}, x), jax.jit(simulate(fn))({"w": leaf}, x)
+    a, b = (np.asarray(v, np.float64) for v in (got, want))
+    # An input near the middle of two steps may be rounded to the other one.
+    bound = 2e-2 if readers(leaf) or case.w.dtype != jnp.float32 else 3e-4
+    off = np.abs(a - b).max(initial=0)
+    _law(off <= bound * max(1, np.abs(b).max(initial=0)), f"law 10: {case.where}, off by {off}")
+    # Without optimization XLA contracts what is done to the values of a moved leaf.
+    leaf, packed = (innermost(x) if is_moved(x) else x for x in (leaf, packed))
+    same = bits(packed.materialize()) == bits(leaf.materialize())
+    _law(same, f"law 10: {case.where} rebuilds to other bits")
 
 
 def check_file(case: Case, leaf: Encoded) -> None:

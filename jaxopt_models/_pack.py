@@ -11,6 +11,7 @@ import numpy as np
 
 from ._axes import Axes, Matrix
 from ._encoded import Encoded, Masked, is_encoded
+from ._moved import MOVED, is_moved
 from .codebook import Clustered
 from .kernels._layout import CHUNK, WIDTHS, Packed, to_panels
 from .kernels._layout import pack as lay_out
@@ -35,8 +36,8 @@ def pack(tree: Any, *, target: Literal["cpu"] | None = None) -> Any:
 
     Args:
       tree: compressed parameters, or one leaf.
-      target: ``"cpu"``, or ``None`` for the platform of JAX's default backend. On others a
-        compressed parameter is read as it is, and nothing changes.
+      target: ``"cpu"``, or ``None`` for the platform of JAX's default backend. On others nothing
+        changes: kernels of a GPU, and XLA on a TPU, read a compressed parameter as it is stored.
 
     Returns:
       The same tree with other leaves.
@@ -67,6 +68,8 @@ def _packed(leaf: Encoded) -> Encoded:
         return signs.laid_out(leaf)
     if isinstance(leaf, Masked) and not masks.why_not(leaf):
         return masks.laid_out(leaf)
+    if isinstance(leaf, MOVED) or is_moved(leaf):
+        return dataclasses.replace(leaf, values=_packed(leaf.values))
     if isinstance(leaf, WithInput):
         shifted = not leaf.symmetric
         return dataclasses.replace(leaf, values=_laid_out(leaf.values, shifted))
@@ -81,6 +84,12 @@ def why_not(leaf: Any) -> str:
         not (why := masks.why_not(leaf)) or not isinstance(leaf.values, Quantized)
     ):
         return why
+    if isinstance(leaf, MOVED) or is_moved(leaf):
+        if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"there is no layout for tensors of {leaf.dtype}"
+        if isinstance(leaf, MOVED) and isinstance(leaf.values, Masked):
+            return "there is no layout for a mask inside of it"
+        return why_not(leaf.values)
     inner = leaf.values if isinstance(leaf, WithInput) else leaf
     if isinstance(inner, Packed):
         return "it is packed"

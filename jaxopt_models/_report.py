@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._bits import array_bits
-from ._encoded import Encoded, is_encoded, rebuilt
+from ._encoded import Encoded, innermost, is_encoded, rebuilt
 from ._kernels import names_for
 from ._pack import why_not
 from ._paths import flatten, match_paths
@@ -88,10 +88,10 @@ def _kernel(x: Any) -> str:
     """Says which kernels a leaf is for, or why it is for none."""
     if not is_encoded(x):
         return ""
-    if (x.values if x.around else x).laid_out:
+    if innermost(x).laid_out:
         return ", ".join(names_for(x))
     if jax.default_backend() != "cpu":
-        return "none: XLA reads it as it is"
+        return "none to pack for: it is read as it is stored"
     why = why_not(x)
     return f"none: {why}" if why else "pack it"
 

@@ -15,9 +15,9 @@ from ._accelerate import accelerate
 from ._bits import array_bits
 from ._call import take_apart
 from ._device import Limits
-from ._encoded import is_encoded, materialize
+from ._encoded import innermost, is_encoded, materialize
 from ._explain import Use, explore
-from ._kernels import Kernel
+from ._kernels import Choice
 from ._paths import flatten
 from ._timing import interleaved
 from .kernels._layout import Packed
@@ -88,7 +88,7 @@ class Speed:
             used = 0 if path in self.unused else None
             return used, used, "", used, used, used, used, used, "", None
         uses, (before, after) = self.uses[path], self.costs[path]
-        names = [u.kernel.name if u.kernel else u.runs for u in uses]
+        names = [u.choice.kernels[0].name if u.choice else u.runs for u in uses]
         bounds = [b for b in (before.bound, after.bound) if b]
         return (
             sum(u.times for u in uses),
@@ -141,10 +141,13 @@ def speed_of(fn: Callable[..., Any], small: Any, args: Sequence[Any], limits: Li
 
 def _here(use: Use, limits: Limits) -> Use:
     """Returns a use as it is on the device: kernels for others do not run."""
-    kernel, names = use.kernel, {limits.platform, "cuda" if limits.platform == "gpu" else ""}
-    if kernel is None or not kernel.platforms or names & set(kernel.platforms):
+    if use.choice is None:
         return use
-    return dataclasses.replace(use, kernel=None, runs="rebuilt", why=f"{kernel.label} only")
+    kernel = use.choice.on("cuda" if limits.platform == "gpu" else limits.platform)
+    if kernel is not None:
+        return dataclasses.replace(use, choice=Choice((kernel,)))
+    why = use.why or f"{use.choice.label} only"
+    return dataclasses.replace(use, choice=None, runs="rebuilt", why=why)
 
 
 def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
@@ -158,9 +161,9 @@ def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
     if not is_encoded(leaf):
         return before, before
     each = Fraction(leaf.storage_bits(), max(1, leaf.size))
-    if use.kernel is not None:
+    if use.choice is not None:
         stored = _entries(use) * each
-        seconds = _seconds(use, use.kernel, leaf, limits)
+        seconds = _seconds(use, leaf, limits)
         return before, Cost.of(moved + stored / 8, seconds, limits)
     stored = _entries(use) * each
     if use.multiply_adds:
@@ -169,10 +172,10 @@ def _costs(use: Use, leaf: Any, limits: Limits) -> tuple[Cost, Cost]:
     return before, Cost.of(moved + stored / 8, arithmetic, limits)
 
 
-def _seconds(use: Use, kernel: Kernel, leaf: Any, limits: Limits) -> float:
+def _seconds(use: Use, leaf: Any, limits: Limits) -> float:
     """Returns how long the kernel of a leaf computes."""
     operations = 2 * use.multiply_adds
-    inner = leaf.values if leaf.around else leaf
+    inner = innermost(leaf)
     if isinstance(inner, Packed) and operations:
         # Inputs that are not rounded, and values of a table, are two bytes each: of the four
         # products of both the one of the low bytes is left out.

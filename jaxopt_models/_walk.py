@@ -36,6 +36,7 @@ step does to axes). A rule for a primitive with a body runs ``walk.body(...)``; 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -44,6 +45,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _bodies
+from ._bits import dtype_bits
 from ._deferred import ARITHMETIC, ENTRYWISE, LAYOUT, deferred, dynamic_slice, several, stacked
 from ._epilogue import Epilogue, Epilogues, Tail
 from ._jaxpr import bind, interpret, is_literal
@@ -110,11 +112,11 @@ class Walk:
         """Returns what follows an equation, if a kernel computes it with it."""
         if not multiply_adds(eqn) or not any(packed(x) for x in operands if is_tracked(x)):
             return None
-        kernel, found = pick(eqn, operands)[0], epilogues.of(eqn)
-        if kernel is None or found is None:
+        choice, found = pick(eqn, operands)[0], epilogues.of(eqn)
+        if choice is None or found is None:
             return None
         shape = None if found.bias is None else found.bias.aval.shape
-        return found if kernel.follows(eqn, values_of(operands), shape) else None
+        return found if choice.follows(eqn, values_of(operands), shape) else None
 
     def _apply(
         self,
@@ -165,30 +167,21 @@ class Walk:
         """An operation meets a parameter: runs a kernel, or rebuilds it just in time."""
         if eqn.effects or not any(packed(x) for x in operands if is_tracked(x)):
             return bind(eqn, [dense(x) for x in operands])
-        kernel = pick(eqn, operands)[0] if self.kernels else None
-        if kernel is not None:
-            return kernel.on(eqn, operands, otherwise=self.rebuild)
-        return self.rebuild(eqn, operands)
+        choice = pick(eqn, operands)[0] if self.kernels else None
+        looping = bool(self.loops)
+        if choice is not None:
+            return choice.run(eqn, operands, otherwise=_rebuilt, looping=looping)
+        return _rebuilt(eqn, operands, looping)
 
     def use_all(
         self, eqn: Any, operands: Sequence[Any], epilogue: Epilogue, bias: Any
     ) -> list[Any]:
         """An operation meets a parameter, and a kernel computes what follows, too."""
-        kernel = pick(eqn, operands)[0]
-        assert kernel is not None
+        choice = pick(eqn, operands)[0]
+        assert choice is not None
         tail = Tail(None if bias is None else dense(bias), epilogue.activation)
-        return kernel.on(eqn, operands, otherwise=self.rebuild, tail=tail)
-
-    def rebuild(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        """Rebuilds the operands of an equation and binds it, keeping none for the gradient."""
-        # In a loop nothing is merged across iterations, and `checkpoint` need not prevent it.
         looping = bool(self.loops)
-
-        def rebuilt(values: list[Any]) -> list[Any]:
-            ordered = values if looping else _in_order(values)
-            return _multiplied(eqn, operands, ordered)
-
-        return jax.checkpoint(rebuilt, prevent_cse=not looping)(values_of(operands))
+        return choice.run(eqn, operands, otherwise=_rebuilt, looping=looping, tail=tail)
 
     def body(self, eqn: Any, jaxpr: Any, consts: Sequence[Any]) -> Callable[..., Any]:
         """Returns a body as a function of its operands to arrays, and what it emits."""
@@ -247,6 +240,18 @@ class Emitted:
 
     value: Any
     loops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _rebuilt(eqn: Any, operands: Sequence[Any], looping: bool) -> list[Any]:
+    """Rebuilds the operands of an equation and binds it, keeping none for the gradient."""
+
+    # In a loop nothing is merged across iterations, and `checkpoint` need not prevent it.
+    @functools.partial(jax.checkpoint, prevent_cse=not looping)
+    def rebuilt(values: list[Any]) -> list[Any]:
+        ordered = values if looping else _in_order(values)
+        return _multiplied(eqn, operands, ordered)
+
+    return rebuilt(values_of(operands))
 
 
 def _multiplied(eqn: Any, operands: Sequence[Any], values: Sequence[Any]) -> list[Any]:
@@ -330,7 +335,11 @@ def _zero_of_a_batch(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax
 
 
 def _wait(part: jax.Array, zero: jax.Array) -> jax.Array:
-    return part + zero.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.integer) else part
+    if not jnp.issubdtype(part.dtype, jnp.integer):
+        return part
+    # A TPU adds nothing that has 2 bits.
+    wide = part.astype(jnp.int8) if dtype_bits(part.dtype) < 4 else part
+    return (wide + zero.astype(wide.dtype)).astype(part.dtype)
 
 
 # ------------------------------------------------------------------ which rule

@@ -41,6 +41,7 @@ from jaxopt_models.testing import SHAPES, check_encoder, leaf_bits, random_stats
 KERNEL, ATTENTION, CONV, _, DEPTHWISE, _, STACK, EMBEDDING = SHAPES
 HALF = Magnitude(sparsity=0.5)
 FEW, LAYERS = ((16, 8), Axes()), ((2, 16, 8), Axes(stack=1))
+WIDE, WIDE_LAYERS = ((64, 8), Axes()), ((2, 64, 8), Axes(stack=1))
 
 # Shapes that take long to compile are few here; every product runs with --full.
 ROWS = [
@@ -106,6 +107,12 @@ ROWS = [
     (DoReFaInput(bits=2), [FEW]),
     (Sign(), [LAYERS]),
     (XNOR(), [LAYERS]),
+    # Groups that the kernels take.
+    (Int(bits=4, group=32), [WIDE, WIDE_LAYERS]),
+    (Int(bits=3, group=32, symmetric=False), [WIDE]),
+    (Hadamard(Int(bits=4, group=32)), [WIDE_LAYERS]),
+    (AWQ(NF4(group=32), steps=3), [WIDE]),
+    (chain(Int(bits=8), Input(bits=8, symmetric=False)), [WIDE, WIDE_LAYERS]),
 ]
 # Their docstrings say that encoding again moves the values.
 MOVING = (Normal, HQQ, GPTQ, AdaRound, AWQ, Hadamard, LSQ, DoReFa)

@@ -1,7 +1,8 @@
 """Compiled kernels for compressed parameters, built at first use for the machine at hand.
 
 Lay parameters out once with :func:`jaxopt_models.pack`, and :func:`jaxopt_models.accelerate` runs
-these where a program is compiled for a CPU. Without a C++ compiler everything runs on XLA.
+these where a program is compiled for a CPU. Without a C++ compiler everything runs on XLA. On a GPU
+``matmul`` reads parameters that are not laid out.
 """
 
 from . import binary as binary
@@ -13,3 +14,4 @@ from ._build import clear as clear
 from ._load import Loaded as Loaded
 from ._load import forced as forced
 from ._load import status as status
+from ._memory import keep_memory as keep_memory

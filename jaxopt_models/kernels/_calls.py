@@ -87,6 +87,31 @@ def either(
     found = status() if implementation != "xla" else None
     if implementation == "cpu" and not found.path:  # type: ignore[union-attr]
         raise ValueError(f"{who}: there are no kernels: {found.why}")  # type: ignore[union-attr]
+    if found is None or not found.path:
+        return derived(plain, plain, operands)
+
+    def kernel(*operands: Any) -> jax.Array:
+        return compiled(found, *operands)
+
+    def chosen(*operands: Any) -> jax.Array:
+        return jax.lax.platform_dependent(*operands, cpu=kernel, default=plain)
+
+    return derived(plain, kernel if implementation == "cpu" else chosen, operands)
+
+
+def derived(
+    plain: Callable[..., jax.Array], run: Callable[..., jax.Array], operands: Any
+) -> jax.Array:
+    """Runs an operation with the derivative of its definition.
+
+    Args:
+      plain: the definition, `plain(*operands)`.
+      run: what computes the same, `run(*operands)`.
+      operands: a tuple of pytrees of arrays.
+
+    Returns:
+      What ``run`` returns, differentiable in forward and reverse mode by what is floating.
+    """
     leaves, treedef = jax.tree.flatten(operands)
     leaves = [jnp.asarray(a) for a in leaves]
     floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
@@ -95,34 +120,26 @@ def either(
         given = iter(codes), iter(numbers)
         return jax.tree.unflatten(treedef, [next(given[f]) for f in floating])
 
-    def reference(numbers: list[Any], codes: list[Any]) -> jax.Array:
-        return plain(*joined(numbers, codes))
-
     @jax.custom_jvp
-    def run(numbers: list[Any], codes: list[Any]) -> jax.Array:
-        if found is None or not found.path:
-            return reference(numbers, codes)
+    def whole(numbers: list[Any], codes: list[Any]) -> jax.Array:
+        return run(*joined(numbers, codes))
 
-        def kernel(numbers: list[Any], codes: list[Any]) -> jax.Array:
-            return compiled(found, *joined(numbers, codes))
-
-        if implementation == "cpu":
-            return kernel(numbers, codes)
-        return jax.lax.platform_dependent(numbers, codes, cpu=kernel, default=reference)
-
-    @run.defjvp
+    @whole.defjvp
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         numbers, codes = primals
 
         @jax.checkpoint
         def along(numbers: Any, codes: Any, steps: Any) -> jax.Array:
-            return jax.jvp(lambda given: reference(given, codes), (numbers,), (steps,))[1]
+            def reference(given: Any) -> jax.Array:
+                return plain(*joined(given, codes))
 
-        y = run(numbers, codes)
+            return jax.jvp(reference, (numbers,), (steps,))[1]
+
+        y = whole(numbers, codes)
         return y, along(numbers, codes, tangents[0]).astype(y.dtype)
 
     numbers = [a for a, f in zip(leaves, floating, strict=True) if f]
-    return run(numbers, [a for a, f in zip(leaves, floating, strict=True) if not f])
+    return whole(numbers, [a for a, f in zip(leaves, floating, strict=True) if not f])
 
 
 def axis_of(a: Any, i: int) -> Any:

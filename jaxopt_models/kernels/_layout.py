@@ -174,7 +174,7 @@ def unstacked(leaf: Any) -> tuple[Any, Callable[[Any], Any]] | None:
         fixed = {n: getattr(leaf, n) for n in Packed.static_names}
         index = jnp.arange(leaf.stack[0], dtype=jnp.int32)
         return {**floating, "index": index}, lambda part: Layer(codes=leaf.codes, **part, **fixed)
-    if not leaf.around or not is_encoded(leaf.values):
+    if not is_encoded(getattr(leaf, "values", None)):
         return None
     inside = unstacked(leaf.values)
     if inside is None:

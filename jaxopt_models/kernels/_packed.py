@@ -69,16 +69,20 @@ def check_operands(
     if not isinstance(packed, Packed):
         kind = w.kind() if is_encoded(w) else type(w).__name__
         raise TypeError(f"{who}: w is {kind}; lay it out with jaxopt_models.pack(tree)")
+    check_call(x, packed.matrix.columns, bias, activation, who)
+    if len(packed.stack) != (index is not None):
+        raise ValueError(f"{who}: w has stack axes {packed.stack}; give index= for just one")
+    return packed
+
+
+def check_call(x: jax.Array, columns: int, bias: Any, activation: str, who: str) -> None:
+    """Raises unless what goes with a weight of so many outputs is of the right kind."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"{who}: x is {x.dtype}; give float32 or bfloat16")
-    columns = packed.matrix.columns
     if bias is not None and bias.shape != (columns,):
         raise ValueError(f"{who}: bias has shape {bias.shape}, not ({columns},)")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{who}: activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
-    if len(packed.stack) != (index is not None):
-        raise ValueError(f"{who}: w has stack axes {packed.stack}; give index= for just one")
-    return packed
 
 
 def one_of(w: Any, index: Any) -> Any:

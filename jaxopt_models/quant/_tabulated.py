@@ -50,8 +50,15 @@ class Tabulated(Grouped):
     def rebuild(self) -> jax.Array:
         """Looks up the codes of one core tensor and multiplies by the scales."""
         scale = self.scales()
-        values = jnp.asarray(table_of(self.table).values, scale.dtype)
-        return (values[self.integers()] * self.spread(scale)).astype(self.dtype)
+        return (self._values(scale.dtype) * self.spread(scale)).astype(self.dtype)
+
+    def _values(self, dtype: Any) -> jax.Array:
+        if self.bits < 8 or isinstance(self.table, tuple):
+            return jnp.asarray(table_of(self.table).values, dtype)[self.integers()]
+        # The same numbers; a lookup among 256 is no part of a product on a TPU, a cast is.
+        codes = self.codes.reshape(self.core)
+        found = jax.lax.bitcast_convert_type(codes, jnp.dtype(self.table)).astype(dtype)
+        return jnp.where(jnp.isfinite(found), found, jnp.zeros((), dtype))
 
     def check(self) -> list[str]:
         """Checks also that no code is beyond the table."""

@@ -93,23 +93,30 @@ class WithInput(Reader):
     def read(self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...]) -> jax.Array:
         """Rounds an input to the grid."""
         wide = x.astype(wide_dtype(x.dtype))
+        scale, zero = self.grid(wide, row, over)
+        return _round(wide, scale, zero, self.bits, self.symmetric).astype(x.dtype)
+
+    def grid(
+        self, x: jax.Array, row: tuple[int, ...], over: tuple[str, ...]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns scale and zero point of an input of at least `float32`; see :meth:`read`."""
         scale, zero = self.scale, self.zero_point
         if scale is None:
             axes = row if self.per == "row" else tuple(range(x.ndim))
-            low = jnp.min(wide, axis=axes, keepdims=True, initial=0)
-            high = jnp.max(wide, axis=axes, keepdims=True, initial=0)
+            low = jnp.min(x, axis=axes, keepdims=True, initial=0)
+            high = jnp.max(x, axis=axes, keepdims=True, initial=0)
             low, high = jax.lax.stop_gradient((low, high))
             # The whole input is that of all devices which have a part of it.
             over = over if self.per == "row" else tuple(sorted(varying(x)))
             if over:
                 low, high = -jax.lax.pmax(-low, over), jax.lax.pmax(high, over)
-            scale, zero = grid(low, high, self.bits, self.symmetric)
-        elif scale.size > 1:
+            return grid(low, high, self.bits, self.symmetric)
+        if scale.size > 1:
             raise ValueError(
                 f"an input scale for each of {scale.shape} stacked tensors, used at once; use "
                 "per='row' or 'tensor' for this parameter"
             )
-        return _round(wide, scale, zero, self.bits, self.symmetric).astype(x.dtype)
+        return scale, zero
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,8 @@ def test_every_product_by_its_kernel(name, encoder):
     packed = jom.pack(small, target="cpu")
     run = jom.accelerate(fn)
     rows = run.explain(packed, X)
-    assert [(row["runs"], row["note"]) for row in rows] == [("packed matmul on cpu", "")]
+    tail = " + tanh" if name in ("scanned", "nested") else ""
+    assert [(row["runs"], row["note"]) for row in rows] == [(f"packed matmul on cpu{tail}", "")]
     got, want = run(packed, X), jom.simulate(fn)(small, X)
     assert got.shape == want.shape and got.dtype == want.dtype
     bound = {"in bfloat16": 1e-2}.get(name, 1e-5 if encoder is W8A8 else 3e-4)

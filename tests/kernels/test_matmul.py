@@ -234,7 +234,8 @@ def test_rows_fold_and_stacks_are_mapped():
         ({"w": jnp.ones((64, 40))}, "jaxopt_models.pack"),
         ({"bias": jnp.ones(39)}, r"not \(40,\)"),
         ({"activation": "swish"}, "none of none, relu"),
-        ({"implementation": "gpu"}, "is not 'cpu', 'xla' or None"),
+        ({"implementation": "gpu"}, "is not 'cpu', 'xla', 'pallas_gpu' or None"),
+        ({"implementation": "pallas_gpu"}, "laid out for a CPU"),
         ({"index": 0}, "index= for just one"),
     ],
 )

@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._activations import ACTIVATIONS
+from ..._axes import Matrix
 from .._calls import axis_of, by_rows, can_sum, count_of, either, names_of, placed
 from .._layout import CHUNK, PANEL
 from .._load import Loaded
-from .._packed import Options, check_operands, one_of, prepared
-from . import reference
+from .._packed import Options, check_call, check_operands, one_of, prepared
+from . import pallas_gpu, reference, stored
 
 
 def matmul(
@@ -25,29 +26,35 @@ def matmul(
     bias: jax.Array | None = None,
     activation: str = "none",
     index: jax.Array | int | None = None,
-    implementation: Literal["cpu", "xla"] | None = None,
+    implementation: Literal["cpu", "xla", "pallas_gpu"] | None = None,
 ) -> jax.Array:
-    r"""Multiplies rows with a packed matrix.
+    r"""Multiplies rows with a compressed matrix.
 
     .. math:: y = \mathrm{act}(\hat x \, \mathrm{materialize}(w) + b)
 
-    With a leaf that rounds its input (:class:`jaxopt_models.quant.WithInput` of up to 8 bits) both
-    operands are integers and sums are exact. Otherwise inputs are taken as two bytes, 16 bits of
-    the largest of up to 256 neighbours along a group: results differ from those in `float32` by
-    less than `3e-4` of the largest magnitude among them, usually by `2e-5`. A row that holds NaN
-    or Inf gives NaN, and other rows do not notice.
+    On a CPU, with a leaf that rounds its input (:class:`jaxopt_models.quant.WithInput` of up to 8
+    bits), both operands are integers and sums are exact. Otherwise inputs are taken as two bytes,
+    16 bits of the largest of up to 256 neighbours along a group: results differ from those in
+    `float32` by less than `3e-4` of the largest magnitude among them, usually by `2e-5`. A row that
+    holds NaN or Inf gives NaN, and other rows do not notice.
+
+    A CPU wants codes laid out (:func:`jaxopt_models.pack`), a GPU reads them where they lie: the
+    leaf as :func:`jaxopt_models.compress` made it, integers, tables or codebooks of up to 8 bits,
+    with groups of any size. There inputs, rounded as the leaf says, stay floats, those in `float32`
+    cut to TF32 as XLA does by default; sums are in `float32`.
 
     Derivatives are those of the definition in plain JAX.
 
     Args:
       x: rows `[..., k]`, `float32` or `bfloat16`; `k` are all *in* axes of ``w`` in order.
-      w: a :class:`Packed` leaf, or a `WithInput` of one.
+      w: a :class:`Packed` leaf, or one of codes as they are stored; or a `WithInput` of one.
       bias: `[n]`, or ``None``.
       activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"sigmoid"`` or
         ``"tanh"``, applied last.
       index: which tensor of a stack, where ``w`` has a stack axis.
-      implementation: ``"cpu"``, the compiled kernel; ``"xla"``, plain JAX; ``None``, the kernel
-        where the program is compiled for a CPU and there is one.
+      implementation: ``"cpu"``, the compiled kernel of packed leaves; ``"pallas_gpu"``, the Triton
+        kernel of others, for CUDA; ``"xla"``, plain JAX; ``None``, the kernel of the leaf where the
+        program is compiled for its platform and there is one.
 
     Returns:
       `[..., n]`, the type of ``x``; `n` are all *out* axes of ``w`` in order.
@@ -63,7 +70,18 @@ def matmul(
       >>> matmul.matmul(jnp.array([[1.0, 2.0, -3.0]]), w, activation="relu", implementation="xla")
       Array([[1., 2., 0.]], dtype=float32)
     """
+    if implementation not in (None, "cpu", "xla", "pallas_gpu"):
+        raise ValueError(
+            f"matmul: implementation={implementation!r} is not 'cpu', 'xla', 'pallas_gpu' or None"
+        )
+    if implementation != "cpu" and isinstance(stored.codes_of(w), stored.Stored):
+        return _in_place(x, w, bias, activation, index, implementation)
     m = check_operands(x, w, bias, activation, index, "matmul").matrix
+    if implementation == "pallas_gpu":
+        raise TypeError(
+            "matmul: w is laid out for a CPU; for 'pallas_gpu' give the leaf that "
+            "jaxopt_models.pack was given"
+        )
     if x.ndim < 1 or x.shape[-1] != m.rows:
         raise ValueError(f"matmul: x has shape {x.shape}, its last axis must be {m.rows}")
 
@@ -77,6 +95,38 @@ def matmul(
     given = (x.reshape(math.prod(x.shape[:-1]), m.rows), w, bias, index)
     y = either(plain, compiled, given, implementation=implementation, who="matmul")
     return y.reshape(*x.shape[:-1], m.columns)
+
+
+def _in_place(
+    x: jax.Array, w: Any, bias: Any, activation: str, index: Any, implementation: str | None
+) -> jax.Array:
+    """Multiplies with codes as they are stored."""
+    if len(w.stack) != (index is not None):
+        raise ValueError(f"matmul: w has stack axes {w.stack}; give index= for just one")
+    w = one_of(w, index)
+    codes = stored.codes_of(w)
+    out = stored.outputs(codes)
+    if why := stored.why_not(codes, out):
+        raise TypeError(f"matmul: {why}; materialize it")
+    m = Matrix(codes.core, out)
+    check_call(x, m.columns, bias, activation, "matmul")
+    if x.ndim < 1 or x.shape[-1] != m.rows:
+        raise ValueError(f"matmul: x has shape {x.shape}, its last axis must be {m.rows}")
+    rows = x.reshape(math.prod(x.shape[:-1]), m.rows)
+
+    def kernel(rows: jax.Array, w: Any) -> jax.Array:
+        return pallas_gpu.product(rows, w, out=out)
+
+    def plain(rows: jax.Array, w: Any) -> jax.Array:
+        return reference.product(rows, w, out)
+
+    if implementation is None:
+        y = jax.lax.platform_dependent(rows, w, cuda=kernel, default=plain)
+    else:
+        y = (kernel if implementation == "pallas_gpu" else plain)(rows, w)
+    if bias is not None:
+        y = y + bias.astype(y.dtype).reshape(1, -1)
+    return ACTIVATIONS[activation](y).reshape(*x.shape[:-1], m.columns)
 
 
 @functools.lru_cache(maxsize=4096)

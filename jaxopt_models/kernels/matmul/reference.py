@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._activations import ACTIVATIONS
+from ..._axes import Matrix
 from .._layout import Packed, spread
 from .._packed import codes_of
 
@@ -28,6 +29,27 @@ def matmul(x: jax.Array, w: Any, bias: jax.Array | None, activation: str) -> jax
     if bias is not None:
         y = y + bias.astype(y.dtype).reshape(1, -1)
     return ACTIVATIONS[activation](y)
+
+
+def product(
+    x: jax.Array, w: Any, out: tuple[int, ...], *, precision: Any = None, dtype: Any = None
+) -> jax.Array:
+    """Rebuilds a weight that is not laid out and multiplies.
+
+    Args:
+      x: rows `[m, k]`.
+      w: a leaf of one core tensor.
+      out: its output axes.
+      precision: as `jax.lax.dot_general` takes it.
+      dtype: of the result; by default that of ``x``.
+
+    Returns:
+      `[m, n]`.
+    """
+    dense = Matrix(w.core, out).view(w.materialize()).astype(x.dtype)
+    dtype = x.dtype if dtype is None else dtype
+    x = w.read(x, (1,), ())
+    return jnp.matmul(x, dense, precision=precision, preferred_element_type=dtype)
 
 
 def integer_matmul(
