@@ -224,13 +224,13 @@ def pick(eqn: Any, operands: Sequence[Any]) -> tuple[Choice | None, str]:
         where = kernel.platforms
         if kernel.operation != name or not isinstance(leaf, kernel.leaf) or where in found:
             continue
-        if where and "cpu" not in where and innermost(leaf).laid_out:
-            continue
         reason = kernel.refuses(eqn, values) or _divided(eqn, operands, position)
         if not reason:
             found[where] = kernel
         elif kernel.leaf is not Encoded:  # a kernel for this very type knows best
             own[where] = f"{kernel.name}: {reason}"
+        elif where and "cpu" not in where and innermost(leaf).laid_out:
+            continue  # for a CPU, as whoever packed it knows
         elif not found and not kernel.quiet:
             why[where] = f"{kernel.name}: {reason}"
     known = "; ".join({**why, **own}.values())

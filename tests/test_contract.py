@@ -110,7 +110,7 @@ ROWS = [
     # Groups that the kernels take.
     (Int(bits=4, group=32), [WIDE, WIDE_LAYERS]),
     (Int(bits=3, group=32, symmetric=False), [WIDE]),
-    (Hadamard(Int(bits=4, group=32)), [WIDE_LAYERS]),
+    (Hadamard(Int(bits=4, group=32)), [((2, 32, 8), Axes(stack=1))]),
     (AWQ(NF4(group=32), steps=3), [WIDE]),
     (chain(Int(bits=8), Input(bits=8, symmetric=False)), [WIDE, WIDE_LAYERS]),
 ]
