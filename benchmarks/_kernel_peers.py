@@ -61,13 +61,13 @@ def has(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def ours(case: Case) -> Run:
-    """The kernels, as `accelerate` runs them; inputs rounded by row where weights have 8 bits."""
+def ours(case: Case, rounded: bool = True) -> Run:
+    """The kernels, as `accelerate` runs them; inputs are ``rounded`` by row to 8 bits, or not."""
     import jaxopt_models as jom
     from jaxopt_models import quant
 
     encoder = quant.Int(bits=case.bits, group=case.group)
-    return _compressed(case, jom.chain(encoder, quant.Input(bits=8)) if case.bits == 8 else encoder)
+    return _compressed(case, jom.chain(encoder, quant.Input(bits=8)) if rounded else encoder)
 
 
 def ours_binary(case: Case) -> Run:
