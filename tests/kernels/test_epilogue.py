@@ -185,7 +185,7 @@ def test_where_the_kernel_does_not_run_the_epilogue_does(monkeypatch):
     close(fn, small, X, bound=1e-6)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(
     st.sampled_from(sorted(ACTIVATIONS)),
     st.booleans(),
