@@ -76,8 +76,8 @@ void share(const Pool& pool, int64_t n, bool alone, F&& f) {
 // work done in it, so some is kept.
 class Scratch {
  public:
-#if defined(__SANITIZE_ADDRESS__)
-  // Exactly as much as was asked for, or nobody would see what is read or written beyond it.
+#if JOM_EXACT_SCRATCH
+  // As much as was asked for, or AddressSanitizer would not see what is written beyond it.
   explicit Scratch(size_t bytes) {
     if (posix_memalign(&data_, 64, bytes ? bytes : 1)) throw std::bad_alloc();
   }
