@@ -1,5 +1,7 @@
 """Kernels without XLA on random sizes, under the sanitizers; and compiled for another machine."""
 
+import concurrent.futures
+import hashlib
 import os
 import pathlib
 import shlex
@@ -30,10 +32,25 @@ if not kernels.status().path:
 
 
 def compiled(cxx, flags, folder):
+    """Compiles the driver of all kernels."""
+    probe = [*shlex.split(cxx), *flags, "-x", "c++", "-", "-o", str(folder / "probe")]
+    if subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode:
+        pytest.skip("the compiler has not these sanitizers")
     sources = [*HERE.glob("driver*.cc"), *(p for p in _build.sources() if p.name == "cpu.cc")]
-    command = [*shlex.split(cxx), *flags, f"-I{_build.HERE}", f"-I{HERE}", *map(str, sources)]
-    done = subprocess.run([*command, "-o", str(folder / "driver")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    cxx = shlex.split(cxx)
+
+    def run(*arguments):
+        done = subprocess.run([*cxx, *flags, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    def compile_one(source):
+        made = folder / f"{source.parent.name}-{source.stem}.o"
+        run(f"-I{_build.HERE}", f"-I{HERE}", "-c", source, "-o", made)
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    run(*objects, "-o", folder / "driver")
     return folder / "driver"
 
 
@@ -43,6 +60,26 @@ def check(command, cases, path):
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.splitlines() == [f"{cases} cases of {k} on {path}" for k in KERNELS]
+
+
+def test_a_few_shapes(request, tmp_path):
+    cxx, sanitizer = _build.compiler(), "-fsanitize=address"
+    flags = [*_build.FLAGS, "-O0", sanitizer, "-DJOM_EXACT_SCRATCH"]
+    cache = getattr(request.config, "cache", None)
+    if cache is None:
+        check([compiled(cxx, flags, tmp_path)], 25, "portable")
+        return
+    # Compiling takes ten seconds: as long as nothing changes, what an earlier run compiled is used.
+    key = hashlib.sha256(repr([cxx, flags]).encode())
+    for folder in (HERE, *sorted(_build.HERE.glob("*/"))):
+        for source in sorted(folder.glob("*.cc")) + sorted(folder.glob("*.h")):
+            key.update(source.read_bytes())
+    kept = cache.mkdir("driver") / key.hexdigest()[:20]
+    if not kept.exists():
+        for old in kept.parent.iterdir():
+            old.unlink(missing_ok=True)
+        shutil.copy(compiled(cxx, flags, tmp_path), kept)
+    check([kept], 25, "portable")
 
 
 @pytest.mark.full
