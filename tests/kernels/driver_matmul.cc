@@ -13,7 +13,9 @@ void choose(Random& r, int64_t& m, int64_t& k, int64_t& n, int64_t& groups) {
     m = 24 + r.upto(400), n = 1 + r.upto(90), k = 1 + r.upto(150);
   } else if (kind < 40) {  // more rows than stay in the caches
     m = 60 + r.upto(400), n = 1 + r.upto(5), k = 1500 + r.upto(3000);
-  } else if (kind < 42) {  // weights beyond the cache of a core
+  } else if (kind < 50) {  // too few tiles for all threads to take whole rows
+    m = 6 + r.upto(50), n = 1 + r.upto(70), k = 300 + r.upto(900);
+  } else if (kind < 53) {  // weights beyond the cache of a core
     m = 1 + r.upto(40), n = 700 + r.upto(300), k = 1000 + r.upto(300);
   }
   if (k < groups) groups = 1;
