@@ -3,10 +3,12 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,13 +83,67 @@ def test_turned_off(monkeypatch):
         kernels.status()
 
 
+HANDLERS = "".join(
+    f"XLA_FFI_DEFINE_HANDLER_SYMBOL(jom_{name}, nothing, xla::ffi::Ffi::Bind());\n"
+    for name in _load.HANDLERS
+)
+OTHER_LIBRARY = f"""
+#include "xla/ffi/api/ffi.h"
+static xla::ffi::Error nothing() {{ return xla::ffi::Error::Success(); }}
+{HANDLERS}
+extern "C" int jom_ffi_api() {{ return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }}
+extern "C" const char* jom_isa() {{ return "other"; }}
+"""
+OTHER_PROGRAM = """
+import shutil, sys
+import jax, jax.numpy as jnp
+import jaxopt_models as jom
+from jaxopt_models import kernels, quant
+from jaxopt_models.kernels import _build, _load
+
+if sys.argv[2] == "refused":
+    shutil.copy(sys.argv[1], _build.library("native"))
+    print(kernels.status().why)
+else:  # what is to be avoided
+    _build.header_version = lambda: int(sys.argv[2])
+    _load.register("native", sys.argv[1])
+small = jom.compress({"w": jnp.eye(64)}, [jom.Rule("w", quant.Int(bits=8))])
+packed, x = jom.pack(small, target="cpu"), jnp.ones((2, 64))
+run = jom.accelerate(lambda p, x: x @ p["w"])
+print(run.explain(packed, x)[0]["runs"], float(jax.jit(run)(packed, x).sum()))
+"""
+
+
 @needed
-def test_a_library_of_another_interface_is_refused_before_jax_sees_it(monkeypatch):
-    file = kernels.status().file
-    monkeypatch.setattr(_build, "header_version", lambda: 7)
-    with pytest.raises(kernels.BuildError, match=r"built for version 0\.\d+ .* has 0\.007"):
-        _load.register("other", file)
-    assert float(jnp.ones(3).sum()) == 3  # and JAX goes on
+def test_a_library_of_another_interface_is_refused_before_jax_sees_it(tmp_path):
+    headers = tmp_path / "include"
+    shutil.copytree(jax.ffi.include_dir(), headers)
+    version = headers / "xla" / "ffi" / "api" / "c_api.h"
+    installed = _build.header_version()
+    line = f"#define XLA_FFI_API_MINOR {installed % 1000}"
+    text = version.read_text()
+    assert line in text
+    other = installed + 900
+    version.write_text(text.replace(line, f"#define XLA_FFI_API_MINOR {other % 1000}"))
+    source, file = tmp_path / "other.cc", tmp_path / "other.so"
+    source.write_text(OTHER_LIBRARY)
+    command = [*shlex.split(_build.compiler()), "-std=c++17", "-O0", "-fPIC", "-shared"]
+    subprocess.run([*command, f"-I{headers}", str(source), "-o", str(file)], check=True)
+    env = {**os.environ, "JAXOPT_MODELS_CACHE": str(tmp_path / "cache")}
+    env.pop("JAXOPT_MODELS_KERNELS", None)
+
+    def child(how):
+        command = [sys.executable, "-c", OTHER_PROGRAM, str(file), how]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    done = child("refused")
+    why, result = done.stdout.splitlines()
+    assert f"was built for version {other / 1000} of XLA's interface" in why, done.stderr
+    assert f"the installed JAX has {installed / 1000}; remove it: python -m jaxopt_models" in why
+    assert result == "rebuilt 128.0"
+    # To hand it to XLA before the backend starts would break JAX itself.
+    done = child(str(other))
+    assert done.returncode and "API version" in done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(100)])

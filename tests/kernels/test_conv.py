@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxopt_models as jom
 from jaxopt_models import kernels, quant
@@ -13,7 +15,7 @@ from jaxopt_models.kernels.conv.shapes import EDGES
 if not kernels.status().path:
     pytest.skip(f"no kernels: {kernels.status().why}", allow_module_level=True)
 
-PATHS = ["native", "portable"] + (["avx2"] if kernels.status().path == "avx512" else [])
+PATHS = ["native", "portable"] + ["avx2", "avx512"] * (kernels.status().path == "avx512")
 INPUTS = [
     None,
     quant.Input(bits=8),
@@ -60,6 +62,33 @@ def test_padding_and_dilation(padding, groups):
     given = {"padding": padding, "dilation": (2, 1), "strides": (1, 2), "groups": groups}
     got, want = both(x, small, **given)
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * float(jnp.abs(want).max()))
+
+
+@settings(deadline=None, max_examples=5, derandomize=True)
+@given(
+    batch=st.integers(0, 3),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    channels=st.sampled_from([1, 2, 3, 16, 33]),
+    outputs=st.sampled_from([1, 2, 5, 16, 33]),
+    groups=st.integers(1, 3),
+    steps=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.tuples(st.integers(0, 2), st.integers(-1, 2)),
+    symmetric=st.booleans(),
+)
+def test_any_shape_to_the_bit(
+    batch, size, window, channels, outputs, groups, steps, padding, symmetric
+):
+    # Whole numbers of which the largest is that of the grid: all scales are 1, all sums exact.
+    rng = np.random.default_rng(batch)
+    w = rng.integers(-127, 128, (*window, channels, outputs * groups)).astype(np.float32)
+    x = rng.integers(-127 if symmetric else 0, 128, (batch, *size, channels * groups))
+    x[:, 0, 0, 0] = 127 if symmetric else 255
+    w[0, 0, 0] = 127
+    leaf = quant.Input(bits=8, symmetric=symmetric)(quant.Int(bits=8)(jnp.asarray(w)))
+    given = {"strides": steps, "dilation": steps[::-1], "groups": groups, "padding": (padding,) * 2}
+    got, want = both(jnp.asarray(x, jnp.float32), jom.pack(leaf, target="cpu"), **given)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_paths_agree_to_the_bit():

@@ -143,7 +143,7 @@ def test_paths_agree_to_the_bit(table, wrap):
         leaf = dataclasses.replace(leaf, table=jnp.asarray(normal(16)))
     leaf = wrap(leaf)
     found = []
-    for path in PATHS:
+    for path in [*PATHS, *["avx512"] * ("avx2" in PATHS)]:
         with kernels.forced(path):
             found.append(np.asarray(matmul(x, leaf, activation="gelu", implementation="cpu")))
     for other in found[1:]:

@@ -76,6 +76,13 @@ void share(const Pool& pool, int64_t n, bool alone, F&& f) {
 // work done in it, so some is kept.
 class Scratch {
  public:
+#if JOM_EXACT_SCRATCH
+  // As much as was asked for, or AddressSanitizer would not see what is written beyond it.
+  explicit Scratch(size_t bytes) {
+    if (posix_memalign(&data_, 64, bytes ? bytes : 1)) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+#else
   explicit Scratch(size_t bytes) {
     bytes = (bytes + 4095) & ~size_t{4095};
     {
@@ -103,6 +110,7 @@ class Scratch {
       std::free(data_);
     }
   }
+#endif
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 

@@ -73,7 +73,10 @@ Grid grid_from(const Spec& a, uint32_t most, float least, float greatest) {
     g.zero = (pair ? rounded(-least / g.scale) : a.input_zero) - (float)half;
     g.low = (float)-half;
   }
-  if (most >= kInfinity) g.scale = std::numeric_limits<float>::quiet_NaN();
+  // A zero point becomes a code, which a NaN or what is too large for one cannot.
+  const bool fits = g.zero >= -kSixteenBits && g.zero <= kSixteenBits;
+  if (most >= kInfinity || !fits) g.scale = std::numeric_limits<float>::quiet_NaN();
+  if (!fits) g.zero = 0.0f;
   return g;
 }
 

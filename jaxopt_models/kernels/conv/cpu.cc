@@ -47,7 +47,7 @@ class Windows {
       to.zeros[r] = g.zero;
       for (int64_t s = 0; s < to.segments; s++) to.scales[r * to.segments + s] = g.scale;
       for (int d = 0; d < to.digits; d++) {
-        gather(image_.codes + d * plane + example * size(), row + r, (int8_t)g.zero, q);
+        gather(image_.codes + d * plane + example * size(), row + r, (int8_t)(int32_t)g.zero, q);
         int32_t* totals = to.totals + r * to.segments * to.digits + d;
         for (int64_t s = 0; s < to.segments; s++) {
           const int64_t end = std::min((s + 1) * to.segment, padded);

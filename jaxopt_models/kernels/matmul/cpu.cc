@@ -257,7 +257,7 @@ const char* check(const Matmul& a) {
   if (a.panels != (a.n + kPanel - 1) / kPanel) return "panels do not hold n columns";
   if (a.chunks != (a.k + kChunk - 1) / kChunk) return "chunks do not hold k inputs";
   if (a.groups < 1) return "no group";
-  if (a.groups > 1 && (a.k % a.groups || a.k / a.groups % kChunk)) {
+  if (a.groups > 1 && (a.k < a.groups || a.k % a.groups || a.k / a.groups % kChunk)) {
     return "groups are not of equal length, a multiple of 32";
   }
   // Products of codes of at most 255 and 128 are added up in 32 bits.
@@ -268,7 +268,10 @@ const char* check(const Matmul& a) {
   if (a.first < 0 || a.last > a.n) return "columns beyond the weights";
   const bool shifted = a.inputs == Inputs::kRowPair ||
                        (a.inputs == Inputs::kStatic && !a.input_symmetric);
-  if (shifted != (a.sums != nullptr)) return "column sums go with inputs that have a zero point";
+  // Sums of no columns are null, as what is left out is.
+  if (a.panels && shifted != (a.sums != nullptr)) {
+    return "column sums go with inputs that have a zero point";
+  }
   return nullptr;
 }
 
