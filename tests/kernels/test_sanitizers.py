@@ -1,7 +1,6 @@
 """Kernels without XLA on random sizes, under the sanitizers; and compiled for another machine."""
 
 import concurrent.futures
-import hashlib
 import os
 import pathlib
 import shlex
@@ -60,26 +59,6 @@ def check(command, cases, path):
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.splitlines() == [f"{cases} cases of {k} on {path}" for k in KERNELS]
-
-
-def test_a_few_shapes(request, tmp_path):
-    cxx, sanitizer = _build.compiler(), "-fsanitize=address"
-    flags = [*_build.FLAGS, "-O0", sanitizer, "-DJOM_EXACT_SCRATCH"]
-    cache = getattr(request.config, "cache", None)
-    if cache is None:
-        check([compiled(cxx, flags, tmp_path)], 25, "portable")
-        return
-    # Compiling takes ten seconds: as long as nothing changes, what an earlier run compiled is used.
-    key = hashlib.sha256(repr([cxx, flags]).encode())
-    for folder in (HERE, *sorted(_build.HERE.glob("*/"))):
-        for source in sorted(folder.glob("*.cc")) + sorted(folder.glob("*.h")):
-            key.update(source.read_bytes())
-    kept = cache.mkdir("driver") / key.hexdigest()[:20]
-    if not kept.exists():
-        for old in kept.parent.iterdir():
-            old.unlink(missing_ok=True)
-        shutil.copy(compiled(cxx, flags, tmp_path), kept)
-    check([kept], 25, "portable")
 
 
 @pytest.mark.full
