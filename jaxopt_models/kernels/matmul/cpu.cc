@@ -58,11 +58,16 @@ JOM_INLINE void add_chunk(Ints (&acc)[D][MR][NV], const uint8_t* p, const int8_t
   });
 }
 
+// Whether all columns of a tile are stored, as they are.
+JOM_INLINE bool is_plain(const Matmul& a, int64_t column, int vectors) {
+  return column >= a.first && column + vectors * kLanes <= a.last && !a.y_bf16 && !a.bias &&
+         a.act == Activation::kNone;
+}
+
 // Adds the bias to a tile, applies the activation function, and stores what lies within the columns.
 __attribute__((noinline)) void finish(const Matmul& a, const Floats* f, int height, int vectors,
                                       int64_t row, int64_t column) {
-  if (column >= a.first && column + vectors * kLanes <= a.last && !a.y_bf16 && !a.bias &&
-      a.act == Activation::kNone) {
+  if (is_plain(a, column, vectors)) {
     for (int r = 0; r < height; r++) {
       float* to = (float*)a.y + (row + r) * a.n + column;
       for (int v = 0; v < vectors; v++) store(to + v * kLanes, f[r * vectors + v]);
@@ -159,15 +164,19 @@ void tile(const Job& j, int64_t panel, int first, int64_t row) {
     }
     const int64_t g = a.groups == 1 ? 0 : s * x.segment / (a.chunks * kChunk / a.groups);
     if (!TABLE && segments == 1 && !a.zero && !a.sums) {  // nothing but the scales
+      const int64_t column = panel * kPanel + first * kLanes;
+      const bool plain = is_plain(a, column, NV);
       JOM_UNROLL
       for (int r = 0; r < MR; r++) {
         const Floats u = floats(x.scales[local + r]);
+        float* to = plain ? (float*)a.y + (row + r) * a.n + column : (float*)(f + r * NV);
         JOM_UNROLL
         for (int v = 0; v < NV; v++) {
           const Floats y = to_floats(D == 2 ? joined(acc[0][r][v], acc[A - 1][r][v]) : acc[0][r][v]);
-          f[r * NV + v] = y * u * load(a.scale + side + v * kLanes);
+          store(to + v * kLanes, y * u * load(a.scale + side + v * kLanes));
         }
       }
+      if (plain) return;
       break;
     }
     JOM_UNROLL
