@@ -96,6 +96,7 @@ class Contest:
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
+            there.close()  # or its end would not be seen
             self._children[name] = process, here
         process, pipe = self._children[name]
         os.kill(process.pid, signal.SIGCONT)
@@ -103,7 +104,8 @@ class Contest:
         try:
             return pipe.recv()
         except EOFError:
-            raise RuntimeError(f"{name}: its process ended") from None
+            process.join()
+            raise RuntimeError(f"{name}: its process ended with {process.exitcode}") from None
         finally:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGSTOP)

@@ -188,7 +188,8 @@ def openvino(case: Case) -> Run:
         w = ops.multiply(w, ops.constant(scale.reshape(n, 1)))
     else:
         shaped = codes.T.reshape(n, k // group, group).copy()
-        packed = ov.Tensor(_nibbles(shaped), shaped.shape, ov.Type.i4)
+        nibbles = _nibbles(shaped)  # the tensor is a view of them
+        packed = ov.Tensor(nibbles, shaped.shape, ov.Type.i4)
         w = ops.convert(ops.constant(packed), np.float32)
         w = ops.multiply(w, ops.constant(scale.T.reshape(n, k // group, 1).copy()))
         w = ops.reshape(w, np.array([n, k]), False)

@@ -56,7 +56,8 @@ def limits() -> Limits:
     """Measures the default device, once in a process; that takes a fraction of a second.
 
     Returns:
-      The best of a few tries: what a program cannot be faster than.
+      The best of a few tries of simple programs; where these do not reach what the device can do,
+      a program may be somewhat faster.
     """
     device = next(iter(jnp.zeros(()).devices()))
     kernels = status().path if device.platform == "cpu" else ""

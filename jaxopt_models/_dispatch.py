@@ -31,6 +31,7 @@ from ._kernels import KERNELS, Kernel
 from ._lookup import rows_of
 from ._moved import is_moved, pointwise, product
 from .kernels import conv
+from .kernels._load import chosen
 from .kernels.matmul import Packed
 from .quant import WithInput
 
@@ -116,7 +117,9 @@ def _lookup(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 KERNELS += [
-    Kernel("packed matmul", "dot_general", Encoded, ("cpu",), _dot, _dot_refuses, by_columns),
+    Kernel(
+        "packed matmul", "dot_general", Encoded, ("cpu",), _dot, _dot_refuses, by_columns, chosen
+    ),
     Kernel(
         "packed conv",
         "conv_general_dilated",
@@ -125,6 +128,7 @@ KERNELS += [
         _conv,
         _conv_refuses,
         by_channels,
+        chosen,
     ),
     Kernel("rows alone", "gather", Encoded, (), _lookup, _lookup_refuses),
 ]

@@ -16,6 +16,7 @@ from ._dispatch_shapes import (
 )
 from ._kernels import KERNELS, Kernel
 from .kernels import binary
+from .kernels._load import chosen
 from .kernels.binary.layout import PackedSigns
 from .quant._xnor import WithSign
 
@@ -46,6 +47,8 @@ def _conv(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 KERNELS += [
-    Kernel("binary matmul", "dot_general", WithSign, ("cpu",), _dot, _dot_refuses),
-    Kernel("binary conv", "conv_general_dilated", WithSign, ("cpu",), _conv, _conv_refuses),
+    Kernel("binary matmul", "dot_general", WithSign, ("cpu",), _dot, _dot_refuses, path=chosen),
+    Kernel(
+        "binary conv", "conv_general_dilated", WithSign, ("cpu",), _conv, _conv_refuses, path=chosen
+    ),
 ]

@@ -103,13 +103,18 @@ def of_rows(eqn: Any, values: Sequence[Any], product: Callable[..., jax.Array]) 
     return [y.transpose(*order).astype(out.aval.dtype)]
 
 
+def _widened(eqn: Any, values: Sequence[Any]) -> bool:
+    """Says whether a result has another type than the input, to which kernels round all they add."""
+    return eqn.outvars[0].aval.dtype != values[1 - operand(values)[0]].dtype
+
+
 def by_columns(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -> bool:
     """Says whether a bias of a shape, if any, adds to the columns of a product of rows."""
     position, seen = operand(values)
     contract, batch = eqn.params["dimension_numbers"]
     mine = [a for a in range(len(seen.order)) if a not in contract[position]]
     stored = [seen.order[a] for a in mine]
-    if position != 1 or batch[position] or stored != sorted(stored):
+    if position != 1 or batch[position] or stored != sorted(stored) or _widened(eqn, values):
         return False
     columns = tuple(eqn.invars[1].aval.shape[a] for a in mine)
     return bias in (None, (*[1] * (len(eqn.outvars[0].aval.shape) - len(columns)), *columns))
@@ -170,6 +175,8 @@ def by_channels(eqn: Any, values: Sequence[Any], bias: tuple[int, ...] | None) -
     """Says whether a bias of a shape, if any, adds to the outputs of a convolution."""
     [out], channels = eqn.outvars, eqn.params["dimension_numbers"].out_spec[1]
     shape = out.aval.shape
+    if _widened(eqn, values):
+        return False
     return bias in (None, tuple(n if a == channels else 1 for a, n in enumerate(shape)))
 
 

@@ -10,6 +10,7 @@ from ._dispatch_shapes import no_floats, no_rows, of_rows, operand, unready
 from ._encoded import Masked
 from ._kernels import KERNELS, Kernel
 from .kernels import sparse
+from .kernels._load import chosen
 from .kernels.sparse import PackedBlocks, PackedPairs
 
 #: Rows up to which pairs are faster than the rebuilt weight.
@@ -33,6 +34,6 @@ def _run(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 KERNELS += [
-    Kernel("sparse matmul", "dot_general", leaf, ("cpu",), _run, _refuses)
+    Kernel("sparse matmul", "dot_general", leaf, ("cpu",), _run, _refuses, path=chosen)
     for leaf in (PackedBlocks, PackedPairs, Masked)
 ]

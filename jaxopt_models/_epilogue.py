@@ -163,7 +163,7 @@ def _written(eqn: Any, wrote: dict[Any, str]) -> str | None:
         return f"{_derivative(eqn)}:{body}" if name == "custom_jvp_call" and body else body
     if name == "copy":
         return operands[0]
-    if name not in _ENTRYWISE:
+    if name not in _ENTRYWISE or eqn.params.get("accuracy") is not None:
         return None
     power = f"[{eqn.params['y']}]" if name == "integer_pow" else ""
     return f"{name}{power}({','.join(map(str, operands))})"

@@ -177,6 +177,9 @@ class Explaining(Walk):
             self._add(eqn, ("",), input=eqn.invars[0].aval.shape)
         return super().use(eqn, operands)
 
+    def _follow(self, epilogues: Any, eqn: Any, operands: list[Any]) -> Epilogue | None:
+        return super()._follow(epilogues, eqn, operands) if self.may_run else None
+
     def use_all(
         self, eqn: Any, operands: Sequence[Any], epilogue: Epilogue, bias: Any
     ) -> list[Any]:

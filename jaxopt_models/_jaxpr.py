@@ -99,13 +99,20 @@ def interpret(
         else:
             operands = [read(v) for v in eqn.invars]
             epilogue = follow(eqn, operands)
-            if epilogue is not None:
+            # Of two products that are added up only one is put off, and adds to the other.
+            if epilogue is not None and passed.isdisjoint(map(id, epilogue.equations)):
                 late[id(epilogue.equations[-1])] = eqn, operands, epilogue
                 passed.update(map(id, epilogue.equations))
                 continue
             found = apply(eqn, operands)
         env.update(zip(eqn.outvars, found, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def context_of(eqn: Any) -> str:
+    """Returns what says where and how an equation is computed, beside its parameters."""
+    named = ("compute_type", "xla_metadata")
+    return repr([getattr(eqn.ctx, name, None) for name in named])
 
 
 def scope_of(*eqns: Any) -> str:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ._encoded import Encoded, innermost, is_encoded
 from ._epilogue import Tail
+from ._jaxpr import context_of
 from ._products import Product, product_of
 from ._roles import Roles, roles
 from ._tracked import Deferred, Tracked, is_tracked, origins_of, packed, readers, values_of
@@ -67,6 +68,7 @@ class Kernel:
       refuses: from the same to the reason why it does not fit, or ``""``.
       follows: from the same and the shape of a bias (``None`` for none) to whether it computes an
         epilogue, too; ``run`` then takes it as ``tail``.
+      path: returns what else it hangs on that is fixed once it is traced.
       quiet: whether another kernel of its platforms says why a parameter does not fit.
     """
 
@@ -77,6 +79,7 @@ class Kernel:
     run: Callable[..., list[Any]]
     refuses: Callable[[Any, Sequence[Any]], str] = lambda eqn, operands: ""
     follows: Callable[[Any, Sequence[Any], Any], bool] = lambda eqn, operands, bias: False
+    path: Callable[[], str] = lambda: ""
     quiet: bool = False
 
     @property
@@ -163,15 +166,18 @@ class Choice:
         values, bias = values_of(operands), None if tail is None else tail.bias
         if any(map(readers, values)):  # what rounds an input is told where it came from
             return list(use(operands)(bias, *values))
-        alone = [Tracked(v) if packed(v) else None for v in values]
+        # What is kept holds no array.
+        alone = [Tracked(None) if packed(v) else None for v in values]
+        tail = None if tail is None else tail.having(None)
         activation = None if tail is None else tail.activation
-        key = self, otherwise, looping, activation, _key(eqn, values)
+        paths = tuple(k.path() for k in self.kernels)
+        key = self, paths, otherwise, looping, activation, _key(eqn, values)
         return list(_kept(_Use(key, lambda: use(alone)))(bias, *values))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A use of a parameter; equal ones are traced once."""
+    """A use of a parameter; equal ones are traced once, under the name scope of the first."""
 
     key: Any
     make: Callable[[], Callable[..., Any]] = dataclasses.field(compare=False)
@@ -184,7 +190,7 @@ def _kept(use: _Use) -> Callable[..., Any]:
 
 def _key(eqn: Any, values: Sequence[Any]) -> Any:
     """Returns what tells an equation on such operands from others."""
-    known = (eqn.primitive, tuple(sorted(eqn.params.items())))
+    known = (eqn.primitive, tuple(sorted(eqn.params.items())), context_of(eqn))
     avals = tuple(v.aval for v in (*eqn.invars, *eqn.outvars))
     try:
         hash(known)

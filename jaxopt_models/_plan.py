@@ -184,8 +184,8 @@ def _roles(shape: tuple[int, ...], axes: Axes | None) -> str:
 def _note(note: str, speed: Speed, path: str, hidden: bool, device: Limits) -> str:
     """Returns a note with what there is to say of the speed; ``hidden`` if a mask is not known."""
     why = speed.why.get(path, "")
-    if why and device.platform != "cpu":
-        why = f"kernels are for CPUs; XLA on {device.platform} reads it as it is stored"
+    if why and device.platform == "tpu":
+        why = "XLA on a TPU reads it as it is stored"
     elif why and hidden:
         why += "; which kernel there is depends on what the mask keeps: measure=True looks"
     return "; ".join(filter(None, (note, why, *speed.notes(path))))

@@ -112,6 +112,8 @@ class Walk:
         """Returns what follows an equation, if a kernel computes it with it."""
         if not multiply_adds(eqn) or not any(packed(x) for x in operands if is_tracked(x)):
             return None
+        if is_fixed(eqn, operands):  # what comes of it is still followed
+            return None
         choice, found = pick(eqn, operands)[0], epilogues.of(eqn)
         if choice is None or found is None:
             return None

@@ -14,9 +14,11 @@ def keep_memory() -> bool:
 
     XLA on a CPU asks for the temporary arrays of a program in each call. glibc hands large ones
     back to the system and gets them anew, cleared page by page by a single thread: with tens of
-    megabytes of them that can be a third of the time. After this call they stay: all programs of
-    the process are faster, not only those of this library, and it keeps the most memory that it
-    ever used. Call it once, before the first large program runs. Nothing calls it for you.
+    megabytes of them that can be a third of the time. After this call they stay: programs with such
+    arrays are faster, not only those of this library. The price: the process keeps the most memory
+    that it ever used, up to 2 GiB at the end of its heap, asks for 256 MiB at a time, and all its
+    threads share one heap and its lock. Call it once, before the first large program runs. Nothing
+    calls it for you.
 
     Returns:
       Whether the C library is glibc and took it; elsewhere nothing changes.

@@ -101,6 +101,38 @@ def test_convolutions():
     close(model.apply, small, x)
 
 
+@pytest.mark.parametrize("shape", [(32,), (1, 32)])
+def test_two_products_that_are_added_up(shape):
+    def fn(p, x, h):
+        return jnp.tanh(x @ p["w"] + h @ p["u"])
+
+    x, h = (jnp.asarray(RNG.standard_normal(shape, np.float32)) for _ in range(2))
+    small = packed({"w": W, "u": 2 * W}, rule="w|u")
+    names = sorted(runs(fn, small, x, h))
+    assert names == ["packed matmul on cpu", "packed matmul on cpu + bias + tanh"]
+    close(fn, small, x, h)
+
+
+def test_a_wider_result_is_not_rounded_again():
+    def fn(p, x):
+        y = jax.lax.dot(
+            x.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16), preferred_element_type=jnp.float32
+        )
+        return y + 1000 * p["b"]
+
+    small = packed(PARAMS)
+    assert runs(fn, small, X) == ["packed matmul on cpu"]
+    close(fn, small, X, bound=5e-5)  # the product alone has the 8 bits of bfloat16
+
+
+def test_a_forced_path_is_not_that_of_an_earlier_program():
+    small = packed(PARAMS)
+    jax.jit(jom.accelerate(lambda p, x: x @ p["w"]))(small, X)
+    with kernels.forced("portable"):
+        text = jax.jit(jom.accelerate(lambda p, x: x @ p["w"])).lower(small, X).as_text()
+    assert "portable" in text and "native" not in text
+
+
 def test_a_scanned_layer():
     params = {"w": jnp.stack([W[:, :32], W[:, 16:]]) / 8, "b": jnp.ones((2, 32))}
 
