@@ -104,7 +104,7 @@ def of_rows(eqn: Any, values: Sequence[Any], product: Callable[..., jax.Array]) 
 
 
 def _widened(eqn: Any, values: Sequence[Any]) -> bool:
-    """Says whether a result has another type than the input, to which kernels round all they add."""
+    """Says whether a result has another type than the input, to which kernels round."""
     return eqn.outvars[0].aval.dtype != values[1 - operand(values)[0]].dtype
 
 
