@@ -219,7 +219,14 @@ def _picture(points: list[Any], peak: float, bandwidth: float) -> None:
     for name, intensity, speed in points:
         axes.plot(intensity, speed / 1e9, "o", color="tab:blue")
         axes.annotate(
-            name, (intensity, speed / 1e9), textcoords="offset points", xytext=(6, -10), size=8
+            name,
+            (intensity, speed / 1e9),
+            textcoords="offset points",
+            xytext=(4, -4),
+            size=8,
+            rotation=-35,
+            va="top",
+            rotation_mode="anchor",
         )
     axes.set_xlabel("products for each byte of weights (rows)")
     axes.set_ylabel("1e9 products in a second")
