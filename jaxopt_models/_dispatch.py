@@ -16,6 +16,7 @@ from ._dispatch_shapes import (
     by_channels,
     by_columns,
     inside,
+    many_scales,
     no_floats,
     no_images,
     no_rows,
@@ -44,8 +45,8 @@ def _unfit(eqn: Any, values: Sequence[Any]) -> str:
     if not why and isinstance(leaf, WithInput):
         if leaf.per == "tensor" and varying(x):
             return "its whole input is on several devices"
-        if leaf.scale is not None and leaf.scale.size > 1:
-            return "each of its stacked tensors has an input scale"
+        if why := many_scales(leaf):
+            return why
         if not leaf.symmetric and not is_moved(leaf) and leaf.values.sums is None:
             return "it was packed before it got quant.Input; pack last"
     return why

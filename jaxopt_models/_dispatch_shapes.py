@@ -16,6 +16,7 @@ from ._kernels import View
 from ._pack import why_not
 from .kernels import status
 from .kernels.matmul.stored import anywhere, codes_of
+from .quant import WithInput
 
 
 def operand(values: Sequence[Any]) -> tuple[int, View]:
@@ -44,6 +45,12 @@ def no_floats(eqn: Any, x: Any) -> str:
         return f"the input is {x.dtype}"
     result = eqn.outvars[0].aval.dtype
     return "" if result in floats else f"the result is {result}"
+
+
+def many_scales(leaf: Any) -> str:
+    """Says that stacked tensors round one input by scales of their own, ``""`` otherwise."""
+    many = isinstance(leaf, WithInput) and leaf.scale is not None and leaf.scale.size > 1
+    return "each of its stacked tensors has an input scale" if many else ""
 
 
 # ------------------------------------------------------------------ products

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Matrix
-from ._dispatch_shapes import no_rows, of_rows, operand
+from ._dispatch_shapes import many_scales, no_floats, no_rows, of_rows, operand
 from ._encoded import Encoded
 from ._jaxpr import varying
 from ._kernels import KERNELS, Kernel
@@ -30,18 +30,15 @@ from .quant import Quantized, Tabulated, WithInput
 _NUMBERS = ("float8_e4m3fn", "float8_e5m2")
 
 
-def _unfit_input(leaf: Encoded, x: Any) -> str:
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the input is {x.dtype}"
+def _unfit_input(eqn: Any, leaf: Encoded, x: Any) -> str:
+    if why := no_floats(eqn, x):
+        return why
     parts = [x, *jax.tree.leaves(leaf)]
     if any(axis is not None for a in parts for axis in jax.typeof(a).sharding.spec):
         return "it is divided over an Explicit mesh"
-    if isinstance(leaf, WithInput):
-        if leaf.per == "tensor" and (varying(x) or leaf.stack):
-            return "its whole input is read at once"
-        if leaf.scale is not None and leaf.scale.size > 1:
-            return "each of its stacked tensors has an input scale"
-    return ""
+    if isinstance(leaf, WithInput) and leaf.per == "tensor" and (varying(x) or leaf.stack):
+        return "its whole input is read at once"
+    return many_scales(leaf)
 
 
 # ------------------------------------------------------------------ integers
@@ -49,10 +46,9 @@ def _unfit_input(leaf: Encoded, x: Any) -> str:
 
 def _integers_refuses(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
-    leaf = seen.leaf
-    why = xla.why_not(leaf) or in_place(codes_of(leaf), _outputs(eqn, values))
-    why = why or _unfit_input(leaf, values[1 - position]) or no_rows(eqn, values)
-    out = _outputs(eqn, values)
+    leaf, out = seen.leaf, _outputs(eqn, values)
+    why = xla.why_not(leaf) or in_place(codes_of(leaf), out)
+    why = why or _unfit_input(eqn, leaf, values[1 - position]) or no_rows(eqn, values)
     if not why and Matrix(leaf.core, out).rows > xla.MOST_INPUTS:
         return f"more than {xla.MOST_INPUTS} inputs"
     return why
@@ -79,11 +75,9 @@ def _after_refuses(eqn: Any, values: Sequence[Any]) -> str:
         return "its scales are stacked otherwise"
     if codes.dtype not in (jnp.float32, jnp.bfloat16):
         return f"there is none for tensors of {codes.dtype}"
-    if eqn.outvars[0].aval.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the result is {eqn.outvars[0].aval.dtype}"
     if not _side(eqn, position, _scaled(codes, seen.order)):
         return "the product sums over some of the axes with scales of their own"
-    return _unfit_input(seen.leaf, x)
+    return _unfit_input(eqn, seen.leaf, x)
 
 
 def _scaled(codes: Any, order: tuple[int, ...]) -> list[int]:
@@ -176,7 +170,8 @@ def _outputs(eqn: Any, values: Sequence[Any]) -> tuple[int, ...]:
 def _stored_refuses(eqn: Any, values: Sequence[Any]) -> str:
     position, seen = operand(values)
     codes = codes_of(seen.leaf)
-    why = in_place(codes, _outputs(eqn, values)) or _unfit_input(seen.leaf, values[1 - position])
+    why = in_place(codes, _outputs(eqn, values))
+    why = why or _unfit_input(eqn, seen.leaf, values[1 - position])
     if why:
         return why
     precision = eqn.params["precision"]

@@ -68,7 +68,7 @@ def _packed(leaf: Encoded) -> Encoded:
         return signs.laid_out(leaf)
     if isinstance(leaf, Masked) and not masks.why_not(leaf):
         return masks.laid_out(leaf)
-    if isinstance(leaf, MOVED) or is_moved(leaf):
+    if is_moved(leaf):
         return dataclasses.replace(leaf, values=_packed(leaf.values))
     if isinstance(leaf, WithInput):
         shifted = not leaf.symmetric
@@ -84,7 +84,7 @@ def why_not(leaf: Any) -> str:
         not (why := masks.why_not(leaf)) or not isinstance(leaf.values, Quantized)
     ):
         return why
-    if isinstance(leaf, MOVED) or is_moved(leaf):
+    if is_moved(leaf):
         if leaf.dtype not in (jnp.float32, jnp.bfloat16):
             return f"there is no layout for tensors of {leaf.dtype}"
         if isinstance(leaf, MOVED) and isinstance(leaf.values, Masked):

@@ -114,8 +114,9 @@ class Walk:
             return None
         if is_fixed(eqn, operands):  # what comes of it is still followed
             return None
-        choice, found = pick(eqn, operands)[0], epilogues.of(eqn)
-        if choice is None or found is None:
+        found = epilogues.of(eqn)
+        choice = None if found is None else pick(eqn, operands)[0]
+        if choice is None:
             return None
         shape = None if found.bias is None else found.bias.aval.shape
         return found if choice.follows(eqn, values_of(operands), shape) else None

@@ -132,3 +132,14 @@ def test_a_row_that_is_not_finite_is_alone(bad):
     assert np.isnan(got[4]).all()
     want = jom.accelerate(product)(small, x)
     np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(want, 4, 0))
+
+
+@pytest.mark.parametrize("encoder", [quant.Int(bits=4), quant.Int(bits=4, group=32)], ids=str)
+def test_a_result_of_another_type_is_refused(encoder):
+    def fn(p, x):
+        return jax.lax.dot(x, p["w"], preferred_element_type=jnp.float16)
+
+    for rule in (encoder, jom.chain(encoder, quant.Input(bits=8))):
+        small = jom.compress({"w": jnp.ones((64, 8))}, [jom.Rule("w", rule)])
+        [row] = jom.accelerate(fn).explain(small, jnp.ones((3, 64)))
+        assert row["runs"] == "rebuilt" and "the result is float16" in row["note"]
