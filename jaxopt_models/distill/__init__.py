@@ -1,0 +1,1 @@
+"""Distillation: losses on arrays, and training of students by teachers as `(init, step)`."""

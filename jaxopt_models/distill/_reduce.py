@@ -1,0 +1,118 @@
+"""What all losses share: checks of their arrays, and means over what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+#: Added under roots and to divisors, so that equal, zero and single rows have derivatives.
+EPSILON = 1e-12
+
+
+def floats(x: Any, who: str, name: str, *, least: int = 1) -> jax.Array:
+    """Returns an array in `float32` or wider.
+
+    Raises:
+      TypeError: if it is not floating.
+      ValueError: if it has fewer axes than ``least``.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{who}: {name} is {x.dtype}; give an array of floats")
+    if x.ndim < least:
+        raise ValueError(
+            f"{who}: {name} has shape {x.shape}; give at least {least} axes, the batch first"
+        )
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def pair(
+    student: Any,
+    teacher: Any,
+    who: str,
+    *,
+    least: int = 1,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> tuple[jax.Array, jax.Array]:
+    """Returns two arrays of one shape in `float32` or wider.
+
+    Raises:
+      TypeError: if one of them is not floating.
+      ValueError: if their shapes differ, or they have fewer axes than ``least``.
+    """
+    a = floats(student, who, names[0], least=least)
+    b = floats(teacher, who, names[1], least=least)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{who}: {names[0]} has shape {a.shape}, {names[1]} {b.shape}; they must be equal "
+            "(of other widths, project one of them first: distill.project)"
+        )
+    return a, b
+
+
+def indices(labels: Any, shape: Sequence[int], who: str, name: str = "labels") -> jax.Array:
+    """Returns whole numbers of a given shape.
+
+    Raises:
+      TypeError: if they are no whole numbers.
+      ValueError: if their shape is another.
+    """
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{who}: {name} is {labels.dtype}; give whole numbers")
+    if labels.shape != tuple(shape):
+        raise ValueError(f"{who}: {name} has shape {labels.shape}; give {tuple(shape)}")
+    return labels
+
+
+def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
+    r"""Returns `sum(m w v) / sum(m w)` over all entries; 0 where nothing counts.
+
+    Args:
+      values: an array of losses, the batch first.
+      who: the function that asks, for messages.
+      where: the mask `m` of what counts, of the leading axes of ``values``: one entry an
+        example is enough for losses of tokens. Values outside have no derivative, NaN included.
+      weights: non-negative weights `w`, of leading axes as well.
+
+    Raises:
+      ValueError: if a mask or weights are not of leading axes.
+      TypeError: if a mask is neither boolean nor of whole numbers.
+    """
+    if where is None and weights is None:
+        return jnp.mean(values) if values.size else jnp.zeros((), values.dtype)
+    scale = jnp.ones(values.shape, values.dtype)
+    if weights is not None:
+        scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
+            raise TypeError(f"{who}: where= is {where.dtype}; give booleans, or 0 and 1")
+        scale = scale * _leading(where != 0, values, who, "where").astype(values.dtype)
+    # A product with zero would keep NaN, and hand it to the derivative.
+    values = jnp.where(scale > 0, values, 0)
+    total = jnp.sum(scale)
+    return jnp.sum(scale * values) / jnp.where(total > 0, total, 1)
+
+
+def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
+    if x.shape != values.shape[: x.ndim]:
+        raise ValueError(
+            f"{who}: {name}= has shape {x.shape}; give one of the leading axes of {values.shape}"
+        )
+    return jnp.broadcast_to(x.reshape(x.shape + (1,) * (values.ndim - x.ndim)), values.shape)
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """Returns `[B, ...]` as `[B, D]`."""
+    return x.reshape(x.shape[0], -1)
+
+
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Returns vectors of length one; zero ones stay zero and have derivative zero."""
+    square = jnp.sum(x * x, axis=axis, keepdims=True)
+    safe = jnp.where(square > EPSILON, square, 1)
+    return jnp.where(square > EPSILON, x * jax.lax.rsqrt(safe), 0)
