@@ -13,12 +13,13 @@ import optax
 
 from . import artifact
 from ._compress import compress
+from ._loop import Replay
 from ._options import portion, whole
 from ._paths import flatten
 from ._recipe import Rule, check_recipe, decide, recipe_to_json
 from ._resume import Checkpoints, digest
 from ._table import Table
-from ._training import Replay, Run
+from ._training import Run
 from .prune._gradual import cubic_schedule, find_magnitude, gradual
 
 
@@ -170,7 +171,7 @@ def deep_compression(
         )
     run = Run(
         loss_fn=loss_fn,
-        batches=batches if callable(batches) else Replay(batches),
+        batches=batches if callable(batches) else Replay(batches, "deep_compression"),
         optimizer=optimizer,
         stateful=stateful,
         save_every=save_every,

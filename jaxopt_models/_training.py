@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,38 +14,11 @@ import optax
 from . import artifact
 from ._compress import compress
 from ._encoded import materialize
+from ._loop import loop
 from ._partition import combine, partition
 from ._paths import flatten
-from ._progress import bar
 from ._recipe import Rule
 from ._resume import Checkpoints
-
-
-class Replay:
-    """An iterable as a function of the step, iterated again whenever it ends."""
-
-    def __init__(self, batches: Iterable[Any]):
-        self.batches = batches
-        self.iterator = iter(())
-        self.next = 0
-        self.batch: Any = None
-
-    def __call__(self, step: int) -> Any:
-        if step < self.next - 1:
-            self.iterator, self.next = iter(()), 0
-        while self.next <= step:
-            try:
-                self.batch = next(self.iterator)
-            except StopIteration:
-                self.iterator = iter(self.batches)
-                self.batch = next(self.iterator, None)
-                if self.batch is None:
-                    raise ValueError(
-                        f"deep_compression: batches ended at step {self.next} and cannot be "
-                        "iterated again; pass a list, a data loader, or a function of the step"
-                    ) from None
-            self.next += 1
-        return self.batch
 
 
 @dataclasses.dataclass
@@ -79,20 +52,17 @@ class Run:
         step_fn = jax.jit(
             functools.partial(_step, self.loss_fn, tx, self.stateful), donate_argnums=0
         )
-        start = int(state.step)
-        try:
-            with bar(name, steps, done=start, show=self.progress) as advance:
-                for i in range(start, steps):
-                    state, loss = step_fn(state, self.batches(offset + i))
-                    advance(f"loss {float(loss):.4f}" if (i + 1) % 50 == 0 else "")
-                    if (i + 1) % self.save_every == 0 or i + 1 == steps:
-                        self.checkpoints.save(name, state)
-        except KeyboardInterrupt:
-            # Interrupted inside a step the state may be donated already; then the last
-            # regular checkpoint stands.
-            if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-                self.checkpoints.save(name, state)
-            raise
+        state = loop(
+            step_fn,
+            state,
+            lambda i: self.batches(offset + i),
+            steps=steps,
+            title=name,
+            show=self.progress,
+            save=lambda state: self.checkpoints.save(name, state),
+            save_every=self.save_every,
+            text=lambda loss: f"loss {float(loss):.4f}",
+        )
         tree = combine(state.trainable, state.rest)
         self.record(name, steps, compress(tree, counted))
         return tree
@@ -125,11 +95,11 @@ def _step(loss_fn: Any, tx: Any, stateful: bool, state: State, batch: Any) -> An
     updates, opt = tx.update(grads, opt, trainable)
     trainable = optax.apply_updates(trainable, updates)
     if stateful:
-        rest = _take_state(combine(trainable, rest), new)
+        rest = take_state(combine(trainable, rest), new)
     return State(trainable, rest, opt, step + 1), value
 
 
-def _take_state(tree: Any, new: Any) -> Any:
+def take_state(tree: Any, new: Any) -> Any:
     """Returns the untrained half of ``tree`` with what is no parameter taken from ``new``."""
     leaves, unflatten = flatten(tree)
     fresh = {p.path: p.value for p in flatten(new)[0] if p.reason}

@@ -1,0 +1,75 @@
+"""Where the arrays of a training lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ._state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Data parallelism: batches are divided over a mesh axis, all else is on every device.
+
+    Args:
+      mesh: the devices; ``None`` for wherever JAX puts arrays.
+      axis: the axis over which the first axis of a batch's arrays is divided.
+      who: the public function, for messages.
+    """
+
+    mesh: Mesh | None
+    axis: str
+    who: str
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and self.axis not in self.mesh.axis_names:
+            raise ValueError(
+                f"{self.who}: axis={self.axis!r} is none of the mesh's {self.mesh.axis_names}"
+            )
+
+    def state(self, state: State) -> State:
+        """Returns a state on the devices; parameters that lie on the mesh already stay."""
+        if self.mesh is None:
+            return state
+
+        def put(x: Any) -> Any:
+            sharding = getattr(x, "sharding", None)
+            if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
+                return x
+            return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
+
+        return jax.tree.map(put, state)
+
+    def batch(self, batch: Any) -> Any:
+        """Returns a batch divided over the axis.
+
+        Raises:
+          ValueError: if the number of examples does not divide.
+        """
+        if self.mesh is None:
+            return batch
+        size = self.mesh.shape[self.axis]
+
+        def put(x: Any) -> Any:
+            shape = getattr(x, "shape", ())
+            if shape and shape[0] % size:
+                raise ValueError(
+                    f"{self.who}: a batch holds an array of shape {shape}, whose {shape[0]} rows "
+                    f"do not divide over the {size} devices of axis {self.axis!r}"
+                )
+            spec = PartitionSpec(self.axis) if shape else PartitionSpec()
+            return jax.device_put(x, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(put, batch)
+
+    def inside(self, x: jax.Array) -> jax.Array:
+        """Returns an array that a step made itself, divided over the axis."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, PartitionSpec(self.axis))
+        )
