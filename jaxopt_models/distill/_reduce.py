@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._options import number
+
 #: Added under roots and to divisors, so that equal, zero and single rows have derivatives.
 EPSILON = 1e-12
 
@@ -116,3 +118,29 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     square = jnp.sum(x * x, axis=axis, keepdims=True)
     safe = jnp.where(square > EPSILON, square, 1)
     return jnp.where(square > EPSILON, x * jax.lax.rsqrt(safe), 0)
+
+
+def blank(x: jax.Array, where: Any, who: str) -> jax.Array:
+    """Returns an array that is zero outside a mask of its leading axes.
+
+    What is left out may then be anything: through a loss, NaN would reach the derivative
+    although its value does not count.
+    """
+    if where is None:
+        return x
+    return jnp.where(_leading(jnp.asarray(where), x, who, "where") != 0, x, 0)
+
+
+def positive(value: Any, who: str, name: str) -> Any:
+    """Returns a positive number; traced ones, scheduled or learned, pass unchecked.
+
+    Raises:
+      TypeError: if it is no number.
+      ValueError: if it is not positive.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return value
+    found = number(value, f"{who}: {name}")
+    if found <= 0:
+        raise ValueError(f"{who}: {name}={found!r} must be positive")
+    return found
