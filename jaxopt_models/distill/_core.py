@@ -164,9 +164,7 @@ def side_by_side(
             for parts in zip(optimizers, grads, state.opt, state.trained, strict=True)
         ]
         trained = tuple(t for t, _ in moved)
-        rest = [
-            taken_over(t, r, n) for (t, _), r, n in zip(trained, state.rest, new, strict=True)
-        ]
+        rest = [taken_over(t, r, n) for (t, _), r, n in zip(trained, state.rest, new, strict=True)]
         after_step = dataclasses.replace(
             state,
             trained=trained,

@@ -16,8 +16,8 @@ from .._options import whole
 from .._partition import combine
 from ._core import Loss, compiled, descend, pairs, split_loss
 from ._generators import generated
-from ._inversion import Inversions, draw, empty, put
-from ._network import Seen, as_network
+from ._inversion import draw, empty, put
+from ._network import as_network
 from ._place import Place
 from ._state import Scheme, State, begin, taken_over
 
@@ -130,9 +130,7 @@ def data_free(
     ) -> Any:
         t, heads = trained
         seen = network.look(combine(t, state.rest[0]), batch, learn=True)
-        seen = dataclasses.replace(
-            seen, heads=heads, memory=state.memory, step=state.step, key=key
-        )
+        seen = dataclasses.replace(seen, heads=heads, memory=state.memory, step=state.step, key=key)
         return seen, master.look(masters[0], batch, learn=learn)
 
     def imagine_better(masters: Any, state: State, key: jax.Array) -> tuple[State, Any]:

@@ -67,7 +67,7 @@ def teacher_student(
       >>> for _ in range(8):
       ...     state, metrics = scheme.step(state, jnp.eye(2))
       >>> print(f"{float(metrics['loss']):.5f}", state.student["w"].ravel().round(2))
-      0.00002 [1. 1.]
+      0.00006 [1. 1.]
 
     References:
       Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network
