@@ -3,10 +3,14 @@
 from ._blend import blend as blend
 from ._blend import confidence as confidence
 from ._classification import classification as classification
+from ._decoupled import decoupled as decoupled
+from ._decoupled import dist as dist
 from ._features import hint as hint
 from ._fit import Fitted as Fitted
 from ._fit import fit as fit
+from ._labels import bias_correction as bias_correction
 from ._labels import cross_entropy as cross_entropy
+from ._labels import virtual_teacher as virtual_teacher
 from ._network import Network as Network
 from ._network import Seen as Seen
 from ._soft import kd as kd

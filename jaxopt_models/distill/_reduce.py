@@ -86,6 +86,15 @@ def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None)
     """
     if where is None and weights is None:
         return jnp.mean(values) if values.size else jnp.zeros((), values.dtype)
+    scale = counts(values, who, where=where, weights=weights)
+    # A product with zero would keep NaN, and hand it to the derivative.
+    values = jnp.where(scale > 0, values, 0)
+    total = jnp.sum(scale)
+    return jnp.sum(scale * values) / jnp.where(total > 0, total, 1)
+
+
+def counts(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
+    """Returns how much each entry counts: `m w` of :func:`mean`, in the shape of ``values``."""
     scale = jnp.ones(values.shape, values.dtype)
     if weights is not None:
         scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
@@ -94,10 +103,7 @@ def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None)
         if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
             raise TypeError(f"{who}: where= is {where.dtype}; give booleans, or 0 and 1")
         scale = scale * _leading(where != 0, values, who, "where").astype(values.dtype)
-    # A product with zero would keep NaN, and hand it to the derivative.
-    values = jnp.where(scale > 0, values, 0)
-    total = jnp.sum(scale)
-    return jnp.sum(scale * values) / jnp.where(total > 0, total, 1)
+    return scale
 
 
 def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
@@ -118,6 +124,12 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     square = jnp.sum(x * x, axis=axis, keepdims=True)
     safe = jnp.where(square > EPSILON, square, 1)
     return jnp.where(square > EPSILON, x * jax.lax.rsqrt(safe), 0)
+
+
+def inside(labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
+    """Says which labels name a class, and returns them with 0 in the place of others."""
+    valid = (labels >= 0) & (labels < classes)
+    return valid, jnp.where(valid, labels, 0)
 
 
 def blank(x: jax.Array, where: Any, who: str) -> jax.Array:

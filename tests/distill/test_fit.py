@@ -6,7 +6,7 @@ import pytest
 
 from jaxopt_models import distill
 
-from .networks import CLASSES, batch, plain, same, student
+from distill_networks import CLASSES, batch, plain, same, student
 
 TEACHER = plain((6, 16, CLASSES))
 SCHEME = distill.teacher_student(

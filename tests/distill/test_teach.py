@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 import jaxopt_models as jom
 from jaxopt_models import distill, quant
 
-from . import networks
-from .networks import CLASSES, batch, near, plain, same, student
+import distill_networks as networks
+from distill_networks import CLASSES, batch, near, plain, same, student
 
 TEACHER = plain((6, 16, CLASSES))
 LOSS = distill.classification(hard=0.3, soft=0.7, temperature=2.0)
