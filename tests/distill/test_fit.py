@@ -3,10 +3,9 @@
 import numpy as np
 import optax
 import pytest
+from distill_networks import CLASSES, batch, plain, same, student
 
 from jaxopt_models import distill
-
-from distill_networks import CLASSES, batch, plain, same, student
 
 TEACHER = plain((6, 16, CLASSES))
 SCHEME = distill.teacher_student(
@@ -82,7 +81,7 @@ def test_what_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
         x, y = batch(step)
         return x * (np.nan if step == 11 else 1), y
 
-    with pytest.raises(FloatingPointError, match="hard was not finite before step 12|loss was not"):
+    with pytest.raises(FloatingPointError, match="loss was not finite before step 12"):
         fit(bad, checkpoint=tmp_path, save_every=5)
     assert same(fit(checkpoint=tmp_path, save_every=5).state, fit().state)
 
