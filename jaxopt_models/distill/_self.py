@@ -15,7 +15,7 @@ from .._options import number, portion
 from .._partition import combine
 from ._classification import second
 from ._core import Loss, pairs, side_by_side
-from ._features import project, projection
+from ._heads import project, projection
 from ._labels import cross_entropy
 from ._network import Network, Seen, as_network
 from ._place import Place

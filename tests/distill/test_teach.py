@@ -134,9 +134,7 @@ def test_heads_and_memory_are_carried():
     assert float(state.memory) == 24.0 and not same(state.heads, head)
     x, _ = batch(0)
     got = net.look(params, (x, None)).taps["layer0"]
-    np.testing.assert_allclose(
-        got, x @ np.asarray(params["layer0"]["kernel"]), atol=1e-6
-    )
+    np.testing.assert_allclose(got, x @ np.asarray(params["layer0"]["kernel"]), atol=1e-6)
 
 
 def test_a_compressed_student_keeps_its_codes_and_masks():
