@@ -126,6 +126,15 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     return jnp.where(square > EPSILON, x * jax.lax.rsqrt(safe), 0)
 
 
+def scaled(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Array:
+    """Returns `x` over its largest magnitude, a constant to derivatives.
+
+    For what does not depend on the scale of `x`: powers of small entries do not vanish then.
+    """
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    return x / jnp.where(top > 0, top, 1)
+
+
 def inside(labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
     """Says which labels name a class, and returns them with 0 in the place of others."""
     valid = (labels >= 0) & (labels < classes)
