@@ -1,1 +1,5 @@
 """Distillation: losses on arrays, and training of students by teachers as `(init, step)`."""
+
+from ._sequences import attention_relation as attention_relation
+from ._sequences import self_relation as self_relation
+from ._sequences import sequence as sequence

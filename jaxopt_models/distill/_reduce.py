@@ -68,6 +68,21 @@ def indices(labels: Any, shape: Sequence[int], who: str, name: str = "labels") -
     return labels
 
 
+def mask(where: Any, shape: Sequence[int], who: str, name: str = "where") -> jax.Array:
+    """Returns booleans of a given shape; all true for `None`.
+
+    Raises:
+      TypeError: if a mask is neither boolean nor of whole numbers.
+      ValueError: if its shape is another.
+    """
+    if where is None:
+        return jnp.ones(tuple(shape), bool)
+    where = _truths(where, who, name)
+    if where.shape != tuple(shape):
+        raise ValueError(f"{who}: {name}= has shape {where.shape}; give {tuple(shape)}")
+    return where
+
+
 def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
     r"""Returns `sum(m w v) / sum(m w)` over all entries; 0 where nothing counts.
 
@@ -88,14 +103,19 @@ def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None)
     if weights is not None:
         scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
     if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
-            raise TypeError(f"{who}: where= is {where.dtype}; give booleans, or 0 and 1")
-        scale = scale * _leading(where != 0, values, who, "where").astype(values.dtype)
+        where = _truths(where, who, "where")
+        scale = scale * _leading(where, values, who, "where").astype(values.dtype)
     # A product with zero would keep NaN, and hand it to the derivative.
     values = jnp.where(scale > 0, values, 0)
     total = jnp.sum(scale)
     return jnp.sum(scale * values) / jnp.where(total > 0, total, 1)
+
+
+def _truths(where: Any, who: str, name: str) -> jax.Array:
+    where = jnp.asarray(where)
+    if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
+        raise TypeError(f"{who}: {name}= is {where.dtype}; give booleans, or 0 and 1")
+    return where != 0
 
 
 def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
