@@ -3,3 +3,6 @@
 from ._sequences import attention_relation as attention_relation
 from ._sequences import self_relation as self_relation
 from ._sequences import sequence as sequence
+from ._speech import ctc_frames as ctc_frames
+from ._speech import ctc_sequence as ctc_sequence
+from ._speech import transducer as transducer

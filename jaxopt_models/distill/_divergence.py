@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._options import number
+
 #: What masked and infinite logits become: far below all others, and finite when subtracted.
 FLOOR = -1e30
 
@@ -59,3 +61,18 @@ def pick(log_p: jax.Array, labels: jax.Array) -> jax.Array:
     known = jnp.where((labels >= 0) & (labels < count), labels, count)
     picked = jnp.take_along_axis(log_p, known[..., None], axis=-1, mode="fill", fill_value=jnp.nan)
     return picked[..., 0]
+
+
+def temperature_of(value: Any, who: str, name: str = "temperature") -> Any:
+    """Returns a temperature: a number above 0, or an array, which may be one that is learned.
+
+    Raises:
+      TypeError: if it is neither.
+      ValueError: if it is a number of 0 or less.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    found = number(value, f"{who}: {name}")
+    if found <= 0:
+        raise ValueError(f"{who}: {name}={found!r} must be above 0")
+    return found
