@@ -6,3 +6,5 @@ from ._sequences import sequence as sequence
 from ._speech import ctc_frames as ctc_frames
 from ._speech import ctc_sequence as ctc_sequence
 from ._speech import transducer as transducer
+from ._video import align_frames as align_frames
+from ._video import motion as motion

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .._options import flag, whole
 from ._divergence import kl, log_probabilities, pick
-from ._reduce import floats, indices, mask, mean
+from ._reduce import floats, indices, mask, mean, only
 
 
 def attention_relation(
@@ -182,7 +182,8 @@ def sequence(
     who = "sequence"
     student = floats(student, who, "student", least=3)
     tokens = indices(tokens, student.shape[:-1], who, "tokens")
-    losses = -pick(log_probabilities(student), tokens)
+    where = mask(where, tokens.shape, who)
+    losses = -pick(log_probabilities(only(student, where)), tokens)
     batch = student.shape[0]
     if scores is not None:
         if student.ndim != 4:
@@ -239,5 +240,4 @@ def _split(x: Any, who: str, name: str, heads: int | None, where: Any) -> jax.Ar
     if width % heads:
         raise ValueError(f"{who}: heads={heads} does not divide the width {width} of the {name}")
     x = x.reshape(*x.shape[:2], heads, width // heads)
-    # Derivatives of products would bring NaN of padding to the other tokens.
-    return jnp.where(mask(where, x.shape[:2], who)[..., None, None], x, 0)
+    return only(x, mask(where, x.shape[:2], who))

@@ -10,7 +10,7 @@ import optax
 
 from .._options import flag, whole
 from ._divergence import FLOOR, kl, log_probabilities, pick, temperature_of
-from ._reduce import floats, indices, mask, mean, pair
+from ._reduce import floats, indices, mask, mean, only, pair
 from ._sequences import beam_weights
 
 
@@ -70,7 +70,8 @@ def ctc_frames(
     counts = mask(where, teacher.shape[:-1], who)
     if flag(drop_blank, f"{who}: drop_blank"):
         counts = counts & (jnp.argmax(teacher, axis=-1) != blank)
-    losses = temperature**2 * kl(teacher / temperature, student / temperature)
+    student, teacher = (only(x, counts) / temperature for x in (student, teacher))
+    losses = temperature**2 * kl(teacher, student)
     return mean(losses, who, where=counts, weights=weights)
 
 
@@ -139,8 +140,7 @@ def ctc_sequence(
     labels = indices(hypotheses, hypotheses.shape, who, "hypotheses")
     labels, counts, wrong = _spelled(labels, where_labels, blank, classes, who)
     present = mask(where, (batch, frames), who)
-    # Padding times zero would still be NaN.
-    logits = jnp.where(present[..., None], student, 0)
+    logits = only(student, present)
     silent = 1 - present.astype(logits.dtype)
 
     def one(labels: jax.Array, counts: jax.Array) -> jax.Array:
@@ -233,10 +233,10 @@ def transducer(
             axis=-1,
         )
 
-    losses = kl(collapsed(teacher), collapsed(student))
-    losses = jnp.where(wrong[:, None, None], jnp.nan, losses)
     reached = jnp.concatenate([first, counts], axis=1)
     nodes = mask(where, (batch, frames), who)[..., None] & reached[:, None]
+    losses = kl(*(collapsed(only(x, nodes)) for x in (teacher, student)))
+    losses = jnp.where(wrong[:, None, None], jnp.nan, losses)
     return mean(losses, who, where=nodes, weights=weights)
 
 

@@ -26,6 +26,7 @@ def spoken(student, teacher, *, where, weights):
 def test_frames_against_float64(loss):
     student, teacher = normal(RNG, 2, 3, 5, 3)
     weights = np.float32([1, 2, 0.5])
+    student[~FRAMES] = np.nan
     value, grads = finite(loss, student, teacher, where=FRAMES, weights=weights)
     total = norm = dropped = 0.0
     for b, t in zip(*np.nonzero(FRAMES), strict=True):
@@ -148,6 +149,7 @@ def lattice(student, teacher, *, labels, where, weights):
 def test_lattice_against_float64():
     student, teacher = normal(RNG, 2, 3, 5, 3, 4)
     weights = np.float32([1, 2, 0.5])
+    student[~FRAMES] = np.nan
     value, grads = finite(lattice, student, teacher, labels=NODES, where=FRAMES, weights=weights)
 
     def collapsed(logits, following):
