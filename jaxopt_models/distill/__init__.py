@@ -6,5 +6,8 @@ from ._sequences import sequence as sequence
 from ._speech import ctc_frames as ctc_frames
 from ._speech import ctc_sequence as ctc_sequence
 from ._speech import transducer as transducer
+from ._towers import affinity as affinity
+from ._towers import cross_modal as cross_modal
+from ._towers import image_text as image_text
 from ._video import align_frames as align_frames
 from ._video import motion as motion

@@ -83,12 +83,14 @@ def mask(where: Any, shape: Sequence[int], who: str, name: str = "where") -> jax
     return where
 
 
-def only(x: jax.Array, where: jax.Array) -> jax.Array:
-    """Returns an array with zeros where a mask of its leading axes is false.
+def only(x: jax.Array, where: Any, who: str) -> jax.Array:
+    """Returns an array with zeros where a mask of its leading axes is false, if there is one.
 
-    What a loss computes from NaN of padding hands NaN to derivatives, masked or not.
+    What a loss computes from NaN of padding hands NaN to derivatives, masked later or not.
     """
-    return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0)
+    if where is None:
+        return x
+    return jnp.where(_leading(_truths(where, who, "where"), x, who, "where"), x, 0)
 
 
 def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:

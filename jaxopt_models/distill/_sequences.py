@@ -183,7 +183,7 @@ def sequence(
     student = floats(student, who, "student", least=3)
     tokens = indices(tokens, student.shape[:-1], who, "tokens")
     where = mask(where, tokens.shape, who)
-    losses = -pick(log_probabilities(only(student, where)), tokens)
+    losses = -pick(log_probabilities(only(student, where, who)), tokens)
     batch = student.shape[0]
     if scores is not None:
         if student.ndim != 4:
@@ -240,4 +240,4 @@ def _split(x: Any, who: str, name: str, heads: int | None, where: Any) -> jax.Ar
     if width % heads:
         raise ValueError(f"{who}: heads={heads} does not divide the width {width} of the {name}")
     x = x.reshape(*x.shape[:2], heads, width // heads)
-    return only(x, mask(where, x.shape[:2], who))
+    return only(x, mask(where, x.shape[:2], who), who)

@@ -70,7 +70,7 @@ def ctc_frames(
     counts = mask(where, teacher.shape[:-1], who)
     if flag(drop_blank, f"{who}: drop_blank"):
         counts = counts & (jnp.argmax(teacher, axis=-1) != blank)
-    student, teacher = (only(x, counts) / temperature for x in (student, teacher))
+    student, teacher = (only(x, counts, who) / temperature for x in (student, teacher))
     losses = temperature**2 * kl(teacher, student)
     return mean(losses, who, where=counts, weights=weights)
 
@@ -140,7 +140,7 @@ def ctc_sequence(
     labels = indices(hypotheses, hypotheses.shape, who, "hypotheses")
     labels, counts, wrong = _spelled(labels, where_labels, blank, classes, who)
     present = mask(where, (batch, frames), who)
-    logits = only(student, present)
+    logits = only(student, present, who)
     silent = 1 - present.astype(logits.dtype)
 
     def one(labels: jax.Array, counts: jax.Array) -> jax.Array:
@@ -235,7 +235,7 @@ def transducer(
 
     reached = jnp.concatenate([first, counts], axis=1)
     nodes = mask(where, (batch, frames), who)[..., None] & reached[:, None]
-    losses = kl(*(collapsed(only(x, nodes)) for x in (teacher, student)))
+    losses = kl(*(collapsed(only(x, nodes, who)) for x in (teacher, student)))
     losses = jnp.where(wrong[:, None, None], jnp.nan, losses)
     return mean(losses, who, where=nodes, weights=weights)
 

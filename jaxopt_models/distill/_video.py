@@ -65,7 +65,7 @@ def align_frames(x: jax.Array, frames: int, *, where: Any = None) -> jax.Array:
     counted = where.astype(x.dtype)[..., None] * overlap[None]
     totals = jnp.sum(counted, axis=1, keepdims=True)
     share = counted / jnp.where(totals > 0, totals, 1)
-    return jnp.einsum("bif,bi...->bf...", share, only(x, where), precision="highest")
+    return jnp.einsum("bif,bi...->bf...", share, only(x, where, who), precision="highest")
 
 
 def motion(
@@ -105,6 +105,6 @@ def motion(
             "equal (of other frames: distill.align_frames, of other widths: distill.project)"
         )
     where = mask(where, student.shape[:2], who)
-    student, teacher = (jnp.diff(only(x, where), axis=1) for x in (student, teacher))
+    student, teacher = (jnp.diff(only(x, where, who), axis=1) for x in (student, teacher))
     between = where[:, 1:] & where[:, :-1]
     return mean(jnp.square(student - teacher), who, where=between, weights=weights)
