@@ -1,5 +1,11 @@
 """Distillation: losses on arrays, and training of students by teachers as `(init, step)`."""
 
+from ._adversarial import fool_loss as fool_loss
+from ._adversarial import gradient_penalty as gradient_penalty
+from ._adversarial import judge_accuracy as judge_accuracy
+from ._adversarial import judge_loss as judge_loss
+from ._judges import judge as judge
+from ._judges import judged as judged
 from ._sequences import attention_relation as attention_relation
 from ._sequences import self_relation as self_relation
 from ._sequences import sequence as sequence
