@@ -4,6 +4,14 @@ from ._adversarial import fool_loss as fool_loss
 from ._adversarial import gradient_penalty as gradient_penalty
 from ._adversarial import judge_accuracy as judge_accuracy
 from ._adversarial import judge_loss as judge_loss
+from ._datafree import activation as activation
+from ._datafree import adversarial_js as adversarial_js
+from ._datafree import disagreement as disagreement
+from ._datafree import information_entropy as information_entropy
+from ._datafree import one_hot as one_hot
+from ._inversion import Inversions as Inversions
+from ._inversion import batchnorm_statistics as batchnorm_statistics
+from ._inversion import total_variation as total_variation
 from ._judges import judge as judge
 from ._judges import judged as judged
 from ._sequences import attention_relation as attention_relation

@@ -121,6 +121,11 @@ def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None)
     return jnp.sum(scale * values) / jnp.where(total > 0, total, 1)
 
 
+def channel_means(x: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
+    """Returns the means of `[..., C]` over all axes but the last, as :func:`mean` takes them."""
+    return jax.vmap(lambda v: mean(v, who, where=where, weights=weights), in_axes=-1)(x)
+
+
 def _truths(where: Any, who: str, name: str) -> jax.Array:
     where = jnp.asarray(where)
     if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
@@ -139,6 +144,11 @@ def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
 def rows(x: jax.Array) -> jax.Array:
     """Returns `[B, ...]` as `[B, D]`."""
     return x.reshape(x.shape[0], -1)
+
+
+def magnitude(x: jax.Array) -> jax.Array:
+    """Returns `|x|` with a derivative of zero at zero, where that of `jnp.abs` is one."""
+    return x * jnp.sign(x)
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
