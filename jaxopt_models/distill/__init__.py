@@ -9,6 +9,8 @@ from ._datafree import adversarial_js as adversarial_js
 from ._datafree import disagreement as disagreement
 from ._datafree import information_entropy as information_entropy
 from ._datafree import one_hot as one_hot
+from ._generators import generated as generated
+from ._generators import generator as generator
 from ._inversion import Inversions as Inversions
 from ._inversion import batchnorm_statistics as batchnorm_statistics
 from ._inversion import total_variation as total_variation

@@ -18,10 +18,10 @@ def layer(key: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> 
     return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
 
-def apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Applies a layer to `[B, N]`; its outputs may have several axes."""
-    kernel, bias = params["kernel"], params["bias"]
-    return jnp.tensordot(x, kernel, 1) + bias[None]
+def lookup(table: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the rows that labels name; NaN for labels outside."""
+    labels = jnp.where(labels >= 0, labels, table.shape[0])
+    return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def leaky(x: jax.Array) -> jax.Array:

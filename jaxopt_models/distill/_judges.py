@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._options import whole
-from ._dense import apply, layer, leaky
+from ._dense import layer, leaky, lookup
 from ._reduce import floats, indices, rows
 
 
@@ -121,10 +121,12 @@ def judged(params: dict[str, Any], x: jax.Array, condition: Any = None) -> jax.A
             f"made for {width} (inputs= plus conditions=)"
         )
     for i in range(sum(name.startswith("layer_") for name in params)):
-        x = leaky(apply(params[f"layer_{i}"], x))
-    scores = apply(params["score"], x)[:, 0]
+        x = leaky(_apply(params[f"layer_{i}"], x))
+    scores = _apply(params["score"], x)[:, 0]
     if labels is None:
         return scores
-    labels = jnp.where(labels >= 0, labels, classes.shape[0])
-    vectors = jnp.take(classes, labels, axis=0, mode="fill", fill_value=jnp.nan)
-    return scores + jnp.sum(vectors * x, axis=1)
+    return scores + jnp.sum(lookup(classes, labels) * x, axis=1)
+
+
+def _apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    return jnp.dot(x, params["kernel"]) + params["bias"][None]
