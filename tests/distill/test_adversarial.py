@@ -87,10 +87,10 @@ def test_batches_of_other_sizes_and_half():
 
 
 def test_accuracy():
-    real, fake = jnp.array([1.0, -1.0, 0.4, 2.0]), jnp.array([-1.0, 0.3, -2.0, -0.1])
-    assert float(judge_accuracy(real, fake)) == (3 / 4 + 3 / 4) / 2
+    real, fake = jnp.array([1.0, -1.0, 0.4, 2.0]), jnp.array([-1.0, 0.3, -2.0, 0.2])
+    assert float(judge_accuracy(real, fake)) == (3 / 4 + 2 / 4) / 2
     assert float(judge_accuracy(real, fake, kind="squares")) == (2 / 4 + 4 / 4) / 2
-    where = jnp.array([True, False, False, True])
+    where = jnp.array([True, False, True, False])
     assert float(judge_accuracy(real, fake, where=where)) == 1
     assert float(judge_accuracy(0 * real, 0 * fake)) == 0.5
 
