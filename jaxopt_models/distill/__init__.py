@@ -1,11 +1,20 @@
 """Distillation: losses on arrays, and training of students by teachers as `(init, step)`."""
 
+from ._adversarial import fool_loss as fool_loss
+from ._adversarial import gradient_penalty as gradient_penalty
+from ._adversarial import judge_accuracy as judge_accuracy
+from ._adversarial import judge_loss as judge_loss
 from ._blend import blend as blend
 from ._blend import confidence as confidence
 from ._classification import classification as classification
 from ._contrast import ContrastMemory as ContrastMemory
 from ._contrast import contrast as contrast
 from ._contrast import contrast_memory as contrast_memory
+from ._datafree import activation as activation
+from ._datafree import adversarial_js as adversarial_js
+from ._datafree import disagreement as disagreement
+from ._datafree import information_entropy as information_entropy
+from ._datafree import one_hot as one_hot
 from ._decoupled import decoupled as decoupled
 from ._decoupled import dist as dist
 from ._features import attention as attention
@@ -15,9 +24,16 @@ from ._features import reconstruction as reconstruction
 from ._features import variational as variational
 from ._fit import Fitted as Fitted
 from ._fit import fit as fit
+from ._generators import generated as generated
+from ._generators import generator as generator
 from ._heads import project as project
 from ._heads import projection as projection
 from ._heads import translator as translator
+from ._inversion import Inversions as Inversions
+from ._inversion import batchnorm_statistics as batchnorm_statistics
+from ._inversion import total_variation as total_variation
+from ._judges import judge as judge
+from ._judges import judged as judged
 from ._labels import bias_correction as bias_correction
 from ._labels import cross_entropy as cross_entropy
 from ._labels import virtual_teacher as virtual_teacher
@@ -31,8 +47,14 @@ from ._self import averaged as averaged
 from ._self import deep_supervision as deep_supervision
 from ._self import deep_supervision_heads as deep_supervision_heads
 from ._self import self_taught as self_taught
+from ._sequences import attention_relation as attention_relation
+from ._sequences import self_relation as self_relation
+from ._sequences import sequence as sequence
 from ._soft import kd as kd
 from ._soft import logit_mse as logit_mse
+from ._speech import ctc_frames as ctc_frames
+from ._speech import ctc_sequence as ctc_sequence
+from ._speech import transducer as transducer
 from ._stages import layerwise as layerwise
 from ._state import Scheme as Scheme
 from ._state import State as State
@@ -45,3 +67,8 @@ from ._teach import joint as joint
 from ._teach import mutual as mutual
 from ._teach import stored as stored
 from ._teach import teacher_student as teacher_student
+from ._towers import affinity as affinity
+from ._towers import cross_modal as cross_modal
+from ._towers import image_text as image_text
+from ._video import align_frames as align_frames
+from ._video import motion as motion

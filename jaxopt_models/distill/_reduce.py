@@ -70,6 +70,31 @@ def indices(labels: Any, shape: Sequence[int], who: str, name: str = "labels") -
     return labels
 
 
+def mask(where: Any, shape: Sequence[int], who: str, name: str = "where") -> jax.Array:
+    """Returns booleans of a given shape; all true for `None`.
+
+    Raises:
+      TypeError: if a mask is neither boolean nor of whole numbers.
+      ValueError: if its shape is another.
+    """
+    if where is None:
+        return jnp.ones(tuple(shape), bool)
+    where = _truths(where, who, name)
+    if where.shape != tuple(shape):
+        raise ValueError(f"{who}: {name}= has shape {where.shape}; give {tuple(shape)}")
+    return where
+
+
+def only(x: jax.Array, where: Any, who: str) -> jax.Array:
+    """Returns an array with zeros where a mask of its leading axes is false, if there is one.
+
+    What a loss computes from NaN of padding hands NaN to derivatives, masked later or not.
+    """
+    if where is None:
+        return x
+    return jnp.where(_leading(_truths(where, who, "where"), x, who, "where"), x, 0)
+
+
 def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
     r"""Returns `sum(m w v) / sum(m w)` over all entries; 0 where nothing counts.
 
@@ -99,11 +124,21 @@ def counts(values: jax.Array, who: str, *, where: Any = None, weights: Any = Non
     if weights is not None:
         scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
     if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
-            raise TypeError(f"{who}: where= is {where.dtype}; give booleans, or 0 and 1")
-        scale = scale * _leading(where != 0, values, who, "where").astype(values.dtype)
+        where = _truths(where, who, "where")
+        scale = scale * _leading(where, values, who, "where").astype(values.dtype)
     return scale
+
+
+def channel_means(x: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
+    """Returns the means of `[..., C]` over all axes but the last, as :func:`mean` takes them."""
+    return jax.vmap(lambda v: mean(v, who, where=where, weights=weights), in_axes=-1)(x)
+
+
+def _truths(where: Any, who: str, name: str) -> jax.Array:
+    where = jnp.asarray(where)
+    if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
+        raise TypeError(f"{who}: {name}= is {where.dtype}; give booleans, or 0 and 1")
+    return where != 0
 
 
 def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
@@ -117,6 +152,11 @@ def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
 def rows(x: jax.Array) -> jax.Array:
     """Returns `[B, ...]` as `[B, D]`."""
     return x.reshape(x.shape[0], -1)
+
+
+def magnitude(x: jax.Array) -> jax.Array:
+    """Returns `|x|` with a derivative of zero at zero, where that of `jnp.abs` is one."""
+    return x * jnp.sign(x)
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
