@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxopt_models as jom
-from jaxopt_models import codebook, data, distill, models, prune
+from jaxopt_models import codebook, data, distill, prune
 
 from ._distilled import BATCH, Fn, adam, right
 from ._lenet import lenet
@@ -77,9 +76,7 @@ def one_seed(seed: int, *, quick: bool, choose: bool = False) -> dict[str, float
     }
     found = {"dense": right(trained.apply, trained.params, x, y)}
     for name, (scheme, batches, start) in ways.items():
-        tree = recovered(
-            trained.apply, trained.params, scheme, batches, steps=steps, start=start
-        )
+        tree = recovered(trained.apply, trained.params, scheme, batches, steps=steps, start=start)
         found[name] = right(fn, tree, x, y)
     zeros = [float(jnp.mean(tree[k]["kernel"].materialize() == 0)) for k in tree]
     found["sparsity"] = min(zeros)
@@ -97,9 +94,7 @@ def rows(*, quick: bool) -> list[Row]:
     what = "LeNet-300-100, 97 % pruned, 3-bit clusters"
     return [
         mean_row("LeNet-300-100 dense, accuracy in %", [s["dense"] for s in seeds]),
-        mean_row(
-            f"{what}, 2,000 labels: points below dense", [-g for g in gap("labels", "dense")]
-        ),
+        mean_row(f"{what}, 2,000 labels: points below dense", [-g for g in gap("labels", "dense")]),
         mean_row(
             f"{what}, taught on images without labels: points above 2,000 labels alone",
             gap("taught", "labels"),

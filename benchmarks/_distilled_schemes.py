@@ -6,13 +6,11 @@ import logging
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxopt_models import distill
 
-from ._distilled import STUDENT, Task, adam, apply, mlp, task
-from ._distilled_classes import STEPS, TEMPERATURE, alone, taught
-from ._rows import Row, mean_row
+from ._distilled import Task, adam, apply
+from ._distilled_classes import TEMPERATURE
 
 logger = logging.getLogger(__name__)
 # Chosen on validation images with seeds 100 and 101.

@@ -133,7 +133,9 @@ def rows(*, quick: bool) -> list[Row]:
                 makes["torch"] = functools.partial(_distilled_torch.step, pair, SIZES[pair])
             times = contest.times(makes, rounds=rounds)
             logger.info(
-                "%s: %s", name, {k: f"{1e3 * statistics.median(v):.3f} ms" for k, v in times.items()}
+                "%s: %s",
+                name,
+                {k: f"{1e3 * statistics.median(v):.3f} ms" for k, v in times.items()},
             )
             found.append(
                 _ratio_row(

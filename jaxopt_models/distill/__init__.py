@@ -1,20 +1,13 @@
 """Distillation: losses on arrays, and training of students by teachers as `(init, step)`."""
 
-from ._adversarial import fool_loss as fool_loss
-from ._adversarial import gradient_penalty as gradient_penalty
-from ._adversarial import judge_accuracy as judge_accuracy
-from ._adversarial import judge_loss as judge_loss
+from ._adversarial import adversarial as adversarial
 from ._blend import blend as blend
 from ._blend import confidence as confidence
 from ._classification import classification as classification
 from ._contrast import ContrastMemory as ContrastMemory
 from ._contrast import contrast as contrast
 from ._contrast import contrast_memory as contrast_memory
-from ._datafree import activation as activation
-from ._datafree import adversarial_js as adversarial_js
-from ._datafree import disagreement as disagreement
-from ._datafree import information_entropy as information_entropy
-from ._datafree import one_hot as one_hot
+from ._data_free import data_free as data_free
 from ._decoupled import decoupled as decoupled
 from ._decoupled import dist as dist
 from ._features import attention as attention
@@ -29,6 +22,11 @@ from ._generators import generator as generator
 from ._heads import project as project
 from ._heads import projection as projection
 from ._heads import translator as translator
+from ._imagined import activation as activation
+from ._imagined import adversarial_js as adversarial_js
+from ._imagined import disagreement as disagreement
+from ._imagined import information_entropy as information_entropy
+from ._imagined import one_hot as one_hot
 from ._inversion import Inversions as Inversions
 from ._inversion import batchnorm_statistics as batchnorm_statistics
 from ._inversion import total_variation as total_variation
@@ -43,6 +41,10 @@ from ._relations import pkt as pkt
 from ._relations import relational_angle as relational_angle
 from ._relations import relational_distance as relational_distance
 from ._relations import similarity as similarity
+from ._scores import fool_loss as fool_loss
+from ._scores import gradient_penalty as gradient_penalty
+from ._scores import judge_accuracy as judge_accuracy
+from ._scores import judge_loss as judge_loss
 from ._self import averaged as averaged
 from ._self import deep_supervision as deep_supervision
 from ._self import deep_supervision_heads as deep_supervision_heads

@@ -1,209 +1,182 @@
-"""Adversarial distillation: a judge tells what teacher and student give for the same inputs.
-
-The judge learns by :func:`judge_loss`, the student by :func:`fool_loss` beside its other losses,
-in turns. Scores are real numbers, high for what is taken for the teacher's.
-"""
+"""Generative adversarial teaching: a judge learns to tell the student from the teacher."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
-from ._reduce import floats, mean, only, rows
+from .._options import number
+from .._partition import combine
+from ._classification import second
+from ._core import Loss, compiled, descend, pairs, split_loss
+from ._judges import judged
+from ._network import Seen, as_network
+from ._place import Place
+from ._scores import fool_loss, judge_accuracy, judge_loss
+from ._state import Scheme, State, begin, taken_over
 
-Kind = Literal["logistic", "hinge", "squares"]
 
-
-def judge_loss(
-    real: jax.Array,
-    fake: jax.Array,
+def adversarial(
+    student: Any,
+    teacher: Any,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
     *,
-    kind: Kind = "logistic",
-    where: Any = None,
-    weights: Any = None,
-) -> jax.Array:
-    r"""What a judge minimises, of its scores `r` for the teacher's and `f` for the student's.
+    judge: Callable[..., jax.Array] = judged,
+    judge_optimizer: optax.GradientTransformation | None = None,
+    weight: float = 0.1,
+    kind: str = "logistic",
+    view: Callable[[Seen], jax.Array] = lambda seen: seen.out,
+    condition: Callable[[Any], Any] | None = second,
+    heads_optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+) -> Scheme:
+    r"""Trains a student by a teacher, and against a judge that tells the two apart.
 
-    ============  ==================================================================
-    kind          loss
-    ============  ==================================================================
-    `logistic`    :math:`\mathrm{mean}\log(1 + e^{-r}) + \mathrm{mean}\log(1 + e^f)`
-    `hinge`       :math:`\mathrm{mean}\max(0, 1 - r) + \mathrm{mean}\max(0, 1 + f)`
-    `squares`     :math:`\tfrac12 \mathrm{mean}(r - 1)^2 + \tfrac12 \mathrm{mean} f^2`
-    ============  ==================================================================
+    The judge `D` sees what ``view`` takes of a network, logits or features, and a condition `c`
+    of the batch, its labels or its inputs. In each step the judge descends first, then the
+    student with the new judge:
+
+    .. math::
+       \min_D\; \mathbb{E}\,\ell(D(t, c), 1) + \mathbb{E}\,\ell(D(s, c), 0), \qquad
+       \min_s\; L(s, t) + \lambda\, \mathbb{E}\,\ell(D(s, c), 1).
+
+    So the student is asked to be likely among the teacher's outputs, beyond being near to each
+    of them.
 
     Args:
-      real: scores of the teacher's, shape `[B, ...]`.
-      fake: scores of the student's, shape `[B', ...]`; of the same shape if there is a mask.
-      kind: the loss, as above.
-      where: mask of leading axes, of both.
-      weights: of leading axes, of both.
+      student: function `(params, x) -> out`, or a :class:`Network`.
+      teacher: the same.
+      loss: `L`, `(student, teacher, batch) -> value`.
+      optimizer: any optax transformation, of the student.
+      judge: `(judge_params, view, condition) -> scores [B]`; default: the network whose
+        parameters :func:`judge` makes.
+      judge_optimizer: of the judge; default `optax.adam(1e-3, b1=0.5)`.
+      weight: `lambda`.
+      kind: the losses of both sides: ``"logistic"``, ``"hinge"`` or ``"squares"``.
+      view: what the judge sees of a network. Where student and teacher differ in width, project
+        the student's with ``seen.heads``.
+      condition: from a batch to what the judge is told besides; ``None`` for nothing.
+      heads_optimizer: another one for heads; default: the same.
+      mesh: devices over which batches are divided.
+      axis: the axis of the mesh that divides them.
 
     Returns:
-      A scalar; it is least when the judge is always right.
+      ``(init, step)``: ``init(student_params, teacher_params, judge_params, *, heads=None,
+      memory=None, key=None)``. Metrics are those of the loss, ``fool``, ``judge`` (its loss) and
+      ``judge_accuracy``, the share of scores on the right side before its step: 0.5 is a judge
+      that can tell nothing. The judge's parameters are in ``state.kept["judge"]``.
 
     Raises:
-      ValueError: for another kind.
+      TypeError, ValueError: as :func:`teacher_student`; for a negative weight or another kind.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, optax
       >>> from jaxopt_models import distill
-      >>> real, fake = jnp.array([2.0, 0.5]), jnp.array([-3.0, 1.0])
-      >>> [float(distill.judge_loss(real, fake, kind=k)) for k in ("hinge", "squares")]
-      [1.25, 2.8125]
+      >>> fn = lambda params, x: x @ params["w"]
+      >>> scheme = distill.adversarial(fn, fn, distill.classification(), optax.sgd(0.1))
+      >>> judge = distill.judge(jax.random.key(0), 3, hidden=(8,), classes=3)
+      >>> state = scheme.init({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, judge)
+      >>> state, metrics = scheme.step(state, (jnp.eye(2), jnp.array([0, 2])))
+      >>> sorted(metrics)
+      ['fool', 'hard', 'judge', 'judge_accuracy', 'loss', 'soft']
 
     References:
       Goodfellow et al., `Generative Adversarial Networks <https://arxiv.org/abs/1406.2661>`_,
-      2014; Lim and Ye, `Geometric GAN <https://arxiv.org/abs/1705.02894>`_, 2017; Mao et al.,
-      `Least Squares Generative Adversarial Networks <https://arxiv.org/abs/1611.04076>`_, 2016
+      2014
+      Mirza and Osindero, `Conditional Generative Adversarial Nets
+      <https://arxiv.org/abs/1411.1784>`_, 2014
+      Xu, Hsu and Huang, `Training Shallow and Thin Networks for Acceleration via Knowledge
+      Distillation with Conditional Adversarial Networks <https://arxiv.org/abs/1709.00513>`_, 2017
     """
-    who = "judge_loss"
-    real, fake = floats(real, who, "real"), floats(fake, who, "fake")
-    real, fake = only(real, where, who), only(fake, where, who)
-    if _kind(kind, who) == "logistic":
-        losses = jax.nn.softplus(-real), jax.nn.softplus(fake)
-    elif kind == "hinge":
-        losses = jax.nn.relu(1 - real), jax.nn.relu(1 + fake)
-    else:
-        losses = jnp.square(real - 1) / 2, jnp.square(fake) / 2
-    return sum(mean(x, who, where=where, weights=weights) for x in losses)
+    who = "adversarial"
+    network, master = as_network(student, who, "student"), as_network(teacher, who, "teacher")
+    weight = number(weight, "adversarial: weight")
+    if weight < 0:
+        raise ValueError(f"adversarial: weight={weight}; give at least 0")
+    judge_loss(jnp.zeros(1), jnp.zeros(1), kind=kind)  # another kind is refused now
+    place = Place(mesh, axis, who)
+    optimizers = pairs(optimizer, heads_optimizer, 1, who)
+    judge_tx = optax.adam(1e-3, b1=0.5) if judge_optimizer is None else judge_optimizer
+    judge_txs = pairs(judge_tx, None, 1, who)[0]
 
+    def taught(judge_params: Any, judge_opt: Any, real: Any, fake: Any, given: Any) -> Any:
+        def of(params: Any) -> Any:
+            a, b = judge(params, real, given), judge(params, fake, given)
+            return judge_loss(a, b, kind=kind), judge_accuracy(a, b, kind=kind)
 
-def fool_loss(
-    fake: jax.Array, *, kind: Kind = "logistic", where: Any = None, weights: Any = None
-) -> jax.Array:
-    r"""What a student or a generator minimises, of the scores `f` that the judge gives it.
+        (value, accuracy), grads = jax.value_and_grad(of, has_aux=True)(judge_params)
+        new, opt = descend(judge_txs[:1], (grads,), (judge_opt,), (judge_params,))
+        return new[0], opt[0], {"judge": value, "judge_accuracy": accuracy}
 
-    ============  =============================================
-    kind          loss
-    ============  =============================================
-    `logistic`    :math:`\mathrm{mean}\log(1 + e^{-f})`
-    `hinge`       :math:`-\mathrm{mean} f`
-    `squares`     :math:`\tfrac12 \mathrm{mean}(f - 1)^2`
-    ============  =============================================
+    def advance(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        shown = master.look(state.teachers[0], batch)
+        given = None if condition is None else condition(batch)
+        real = view(shown)
 
-    The first is the form that does not saturate: a student that is always found out still learns.
+        def total(trained: Any) -> Any:
+            t, heads = trained
+            seen = network.look(combine(t, state.rest[0]), batch, learn=True)
+            seen = dataclasses.replace(
+                seen, heads=heads, memory=state.memory, step=state.step, key=key
+            )
+            fake = view(seen)
+            # Inside, so that the student runs once for both: the judge learns from its value.
+            judge_params, judge_opt, metrics = taught(
+                state.kept["judge"],
+                state.kept["judge_opt"],
+                real,
+                jax.lax.stop_gradient(fake),
+                given,
+            )
+            value, found, memory = split_loss(loss(seen, shown, batch), who)
+            fooled = fool_loss(judge(jax.lax.stop_gradient(judge_params), fake, given), kind=kind)
+            metrics = {"loss": value, "fool": fooled, **metrics, **found}
+            memory = state.memory if memory is None else memory
+            kept = {"judge": judge_params, "judge_opt": judge_opt}
+            return value + weight * fooled, (metrics, kept, seen.new, memory)
 
-    Args:
-      fake: scores of the student's, shape `[B, ...]`.
-      kind: that of :func:`judge_loss`.
-      where: mask of leading axes.
-      weights: of leading axes.
+        grads, (metrics, kept, new, memory) = jax.grad(total, has_aux=True)(state.trained[0])
+        trained, opt = descend(optimizers[0], grads, state.opt[0], state.trained[0])
+        after = dataclasses.replace(
+            state,
+            trained=(trained,),
+            rest=(taken_over(trained[0], state.rest[0], new),),
+            opt=(opt,),
+            memory=jax.lax.stop_gradient(memory),
+            kept=kept,
+            step=state.step + 1,
+        )
+        return after, metrics
 
-    Returns:
-      A scalar.
+    def init(
+        student: Any,
+        teacher: Any,
+        judge: Any,
+        *,
+        heads: Any = None,
+        memory: Any = None,
+        key: Any = None,
+    ) -> State:
+        kept = {"judge": judge, "judge_opt": judge_txs[0].init(judge)}
+        state = begin(
+            [student],
+            [teacher],
+            optimizers,
+            heads=[heads],
+            memory=memory,
+            kept=kept,
+            key=key,
+            who=who,
+        )
+        return place.state(state)
 
-    Raises:
-      ValueError: for another kind.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxopt_models import distill
-      >>> fake = jnp.array([-3.0, 1.0])
-      >>> [float(distill.fool_loss(fake, kind=k)) for k in ("hinge", "squares")]
-      [1.0, 4.0]
-
-    References:
-      Goodfellow et al., `Generative Adversarial Networks <https://arxiv.org/abs/1406.2661>`_,
-      2014; Lim and Ye, `Geometric GAN <https://arxiv.org/abs/1705.02894>`_, 2017; Mao et al.,
-      `Least Squares Generative Adversarial Networks <https://arxiv.org/abs/1611.04076>`_, 2016
-    """
-    who = "fool_loss"
-    fake = only(floats(fake, who, "fake"), where, who)
-    if _kind(kind, who) == "logistic":
-        losses = jax.nn.softplus(-fake)
-    elif kind == "hinge":
-        losses = -fake
-    else:
-        losses = jnp.square(fake - 1) / 2
-    return mean(losses, who, where=where, weights=weights)
-
-
-def judge_accuracy(
-    real: jax.Array, fake: jax.Array, *, kind: Kind = "logistic", where: Any = None
-) -> jax.Array:
-    """Returns how often a judge is right: one half when it cannot tell the student's any more.
-
-    Args:
-      real: scores of the teacher's, shape `[B, ...]`.
-      fake: scores of the student's, shape `[B', ...]`; of the same shape if there is a mask.
-      kind: that of :func:`judge_loss`; the scores are parted at 0, for `squares` at one half.
-      where: mask of leading axes, of both.
-
-    Returns:
-      A scalar: the mean of its shares of both.
-
-    Raises:
-      ValueError: for another kind.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxopt_models import distill
-      >>> float(distill.judge_accuracy(jnp.array([2.0, 0.5]), jnp.array([-3.0, 1.0])))
-      0.75
-    """
-    who = "judge_accuracy"
-    real, fake = floats(real, who, "real"), floats(fake, who, "fake")
-    middle = 0.5 if _kind(kind, who) == "squares" else 0.0
-    right = [(x > middle) == teachers for x, teachers in ((real, True), (fake, False))]
-    return sum(mean(x.astype(jnp.float32), who, where=where) for x in right) / 2
-
-
-def gradient_penalty(
-    score: Callable[[jax.Array], jax.Array],
-    real: jax.Array,
-    *,
-    where: Any = None,
-    weights: Any = None,
-) -> jax.Array:
-    r"""R1, which keeps a judge from becoming steep around the teacher's.
-
-    .. math:: \tfrac12\, \mathrm{mean}_b \left\| \nabla_{x_b} D(x_b) \right\|^2
-
-    It is added to the judge's loss, about ten times of it.
-
-    Args:
-      score: the judge of a batch, `[B, ...]` -> `[B]`, for instance
-        ``lambda x: judged(params, x, labels)``. An example's score must not depend on others.
-      real: the teacher's, shape `[B, ...]`.
-      where: mask of examples, shape `[B]`.
-      weights: of examples, shape `[B]`.
-
-    Returns:
-      A scalar; differentiable by what ``score`` closes over.
-
-    Raises:
-      ValueError: if ``score`` does not give one number for each example.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxopt_models import distill
-      >>> x = jnp.array([[1.0, 0.0], [3.0, 4.0]])
-      >>> float(distill.gradient_penalty(lambda x: jnp.sum(x**2, axis=1), x))  # (2 + 50) / 2
-      26.0
-
-    References:
-      Mescheder et al., `Which Training Methods for GANs do actually Converge?
-      <https://arxiv.org/abs/1801.04406>`_, 2018
-    """
-    who = "gradient_penalty"
-    real = only(floats(real, who, "real"), where, who)
-
-    def total(x: jax.Array) -> jax.Array:
-        scores = jnp.asarray(score(x))
-        if scores.shape != x.shape[:1]:
-            raise ValueError(f"{who}: score gave {scores.shape}; give {x.shape[:1]}")
-        return jnp.sum(scores.astype(x.dtype))
-
-    slopes = rows(jax.grad(total)(real))
-    losses = jnp.sum(jnp.square(slopes), axis=1) / 2
-    return mean(losses, who, where=where, weights=weights)
-
-
-def _kind(kind: str, who: str) -> str:
-    if kind not in ("logistic", "hinge", "squares"):
-        raise ValueError(f"{who}: kind={kind!r} is none of 'logistic', 'hinge', 'squares'")
-    return kind
+    return Scheme(init, compiled(advance, place))

@@ -16,7 +16,7 @@ from .._options import whole
 from .._partition import combine
 from ._core import Loss, compiled, descend, pairs, split_loss
 from ._generators import generated
-from ._inversion import draw, empty, put
+from ._inversion import Inversions
 from ._network import as_network
 from ._place import Place
 from ._state import Scheme, State, begin, taken_over
@@ -149,15 +149,15 @@ def data_free(
     def learn(masters: Any, state: State, key: jax.Array) -> tuple[State, Any]:
         keys = jax.random.split(key, 3)
         kept = state.kept
+        x, y = imagine(kept["generator"], keys[0], batch - batch // 2 if room else batch)
         if room:
-            x, y = imagine(kept["generator"], keys[0], batch - batch // 2)
-            inversions = put(kept["inversions"], x, y)
-            old_x, old_y = draw(keys[1], inversions, batch // 2)
-            x = jnp.concatenate([x, old_x])
-            y = None if y is None else jnp.concatenate([y, old_y])
-            kept = kept | {"inversions": inversions}
-        else:
-            x, y = imagine(kept["generator"], keys[0])
+            new = {"images": x} if y is None else {"images": x, "labels": y}
+            # Filled together, so that one key draws the same places of both rings.
+            rings = {name: kept["inversions"][name].put(v) for name, v in new.items()}
+            old = {name: ring.draw(keys[1], batch // 2) for name, ring in rings.items()}
+            x = jnp.concatenate([x, old["images"]])
+            y = None if y is None else jnp.concatenate([y, old["labels"]])
+            kept = kept | {"inversions": rings}
         made = jax.lax.stop_gradient((x, y))
 
         def of(trained: Any) -> Any:
@@ -206,7 +206,9 @@ def data_free(
         kept = {"generator": generator, "generator_opt": generator_txs[0].init(generator)}
         if room:
             x, y = jax.eval_shape(imagine, generator, jax.random.key(0))
-            kept["inversions"] = empty(room, x.shape[1:], labelled=y is not None)
+            kept["inversions"] = {"images": Inversions.empty(room, x.shape[1:], dtype=x.dtype)}
+            if y is not None:
+                kept["inversions"]["labels"] = Inversions.empty(room, (), dtype=y.dtype)
         state = begin(
             [student],
             [teacher],
