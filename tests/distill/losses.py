@@ -44,6 +44,16 @@ def finite(loss, *arrays, **options):
     return float(value), grads
 
 
+def traced(test):
+    """Runs a test of messages while tracing, so that nothing is compiled for it."""
+
+    @functools.wraps(test)
+    def run(**fixtures):
+        jax.eval_shape(lambda: test(**fixtures))
+
+    return run
+
+
 def accepts_half(loss, *arrays, **options):
     """Checks that floats of 16 bits are taken, and that the loss has 32."""
     half = [jnp.asarray(a, jnp.bfloat16) for a in arrays]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from losses import accepts_half, batched, finite, normal
+from losses import accepts_half, batched, finite, normal, traced
 
 from jaxopt_models.distill import (
     fool_loss,
@@ -162,9 +162,9 @@ def test_judge_in_half_and_under_vmap(key):
     half = jax.eval_shape(judged, params, jnp.zeros((5, 4), jnp.bfloat16), labels)
     assert half.dtype == jnp.float32 and half.shape == (5,)
     batched(lambda x: judged(params, x, labels).sum(), normal(RNG, 5, 4))
-    unknown = jnp.array([0, 4, -1, 1, 2])
+    unknown = np.array([0, 4, -1, 1, 2])
     np.testing.assert_array_equal(
-        np.isnan(judged(params, jnp.ones((5, 4)), unknown)), [0, 1, 1, 0, 0]
+        np.isnan(jax.jit(judged)(params, np.ones((5, 4), np.float32), unknown)), [0, 1, 1, 0, 0]
     )
 
 
@@ -190,6 +190,7 @@ def test_a_judge_of_classes_learns(key, descend):
     assert judge_accuracy(judged(params, real, 1 - labels), judged(params, fake, 1 - labels)) < 0.05
 
 
+@traced
 def test_judges_name_what_is_wrong(key):
     with pytest.raises(ValueError, match=r"kind='wasserstein' is none of"):
         judge_loss(jnp.zeros(2), jnp.zeros(2), kind="wasserstein")

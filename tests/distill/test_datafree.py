@@ -3,7 +3,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses import accepts_half, batched, finite, kl, log_softmax, normal, softmax
+from losses import accepts_half, batched, finite, kl, log_softmax, normal, softmax, traced
 
 from jaxopt_models.distill import (
     activation,
@@ -184,6 +184,7 @@ def test_variation_against_float64():
     assert float(total_variation(jnp.ones((2, 1, 1, 3)))) == 0
 
 
+@traced
 def test_what_does_not_fit_is_named():
     x = jnp.zeros((4, 5))
     with pytest.raises(ValueError, match=r"disagreement: student has shape \(4, 5\)"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from losses import normal
+from losses import normal, traced
 
 from jaxopt_models.distill import generated, generator
 
@@ -141,6 +141,7 @@ def test_an_unknown_label_is_seen(key):
     np.testing.assert_array_equal(np.isnan(images).any((1, 2)), [False, True, True])
 
 
+@traced
 def test_what_does_not_fit_is_named(key):
     with pytest.raises(ValueError, match=r"shape=\(28, 30, 1\).*divisible by 4"):
         generator(key, 4, (28, 30, 1), channels=(8, 4))

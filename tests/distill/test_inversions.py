@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import traced
 
 from jaxopt_models.distill import Inversions
 
@@ -64,6 +65,7 @@ def test_its_dtype_stays():
     assert memory.put(jnp.ones((2, 2))).images.dtype == jnp.bfloat16
 
 
+@traced
 def test_what_does_not_fit_is_named():
     memory = Inversions.empty(3, (2, 2))
     with pytest.raises(ValueError, match=r"images have shape \(4, 2\); give \(B, 2, 2\)"):

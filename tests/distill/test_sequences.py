@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses import accepts_half, batched, finite, kl, log_softmax, normal, softmax
+from losses import accepts_half, batched, finite, kl, log_softmax, normal, softmax, traced
 
 from jaxopt_models.distill import attention_relation, self_relation, sequence
 
@@ -109,6 +109,7 @@ def test_relations_under_vmap_and_in_half():
     accepts_half(self_relation, student, teacher, heads=3, where=np.ones((2, 4), bool))
 
 
+@traced
 def test_relations_name_what_does_not_fit():
     x = jnp.zeros((2, 4, 3, 6))
     with pytest.raises(ValueError, match=r"heads=4 does not divide the width 18"):
@@ -183,10 +184,11 @@ def test_one_sequence_is_the_cross_entropy_of_its_tokens():
     expected = -np.mean(
         [log_softmax(student[b, t])[tokens[b, t]] for b in range(2) for t in range(4)]
     )
-    np.testing.assert_allclose(sequence(student, tokens), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(sequence)(student, tokens), expected, rtol=1e-5)
     accepts_half(lambda s: sequence(s, tokens), student)
 
 
+@traced
 def test_sequences_name_what_does_not_fit():
     student, tokens = jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 4), int)
     with pytest.raises(ValueError, match=r"tokens has shape \(2, 4\); give \(2, 3, 4\)"):

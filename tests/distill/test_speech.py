@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses import accepts_half, batched, finite, kl, log_softmax, normal, softmax
+from losses import accepts_half, batched, finite, kl, log_softmax, normal, softmax, traced
 
 from jaxopt_models.distill import ctc_frames, ctc_sequence, transducer
 
@@ -225,6 +225,7 @@ def test_speech_under_vmap_and_in_half():
     accepts_half(lambda s, t: ctc_frames(s, t, drop_blank=True), student[:, :, 0], teacher[:, :, 0])
 
 
+@traced
 def test_speech_names_what_does_not_fit():
     x = jnp.zeros((2, 5, 4))
     with pytest.raises(ValueError, match=r"ctc_frames: blank=4 is none of the 4 classes"):

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses import accepts_half, batched, finite, kl, log_softmax, normal
+from losses import accepts_half, batched, finite, kl, log_softmax, normal, traced
 
 from jaxopt_models.distill import affinity, cross_modal, image_text
 
@@ -147,6 +147,7 @@ def test_towers_under_vmap_and_in_half():
     accepts_half(cross_modal, *arrays[:2])
 
 
+@traced
 def test_towers_name_what_does_not_fit():
     x = jnp.zeros((5, 3))
     with pytest.raises(
