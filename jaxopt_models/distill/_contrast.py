@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import portion, whole
@@ -70,7 +71,7 @@ def contrast_memory(
     first = jnp.searchsorted(labels[order], labels).astype(jnp.int32)
     after = jnp.searchsorted(labels[order], labels, side="right").astype(jnp.int32)
     same = after - first
-    if not isinstance(same, jax.core.Tracer) and int(same[0]) == examples:
+    if not isinstance(labels, jax.core.Tracer) and len(np.unique(labels)) == 1:
         raise ValueError("contrast_memory: labels name one class only; give two or more")
     return ContrastMemory(*banks, jnp.full(2, -jnp.inf), order, first, same)
 
