@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from .._options import portion, whole
 from ._reduce import blank, counts, inside, mean, pair, positive, unit
-from ._reduce import indices as _whole
+from ._reduce import indices as whole_numbers
 
 
 class ContrastMemory(NamedTuple):
@@ -66,7 +66,7 @@ def contrast_memory(
     width = whole(width, "contrast_memory: width", least=1)
     banks = unit(jax.random.normal(key, (2, examples, width)))
     place = jnp.arange(examples, dtype=jnp.int32)
-    labels = place if labels is None else _whole(labels, (examples,), "contrast_memory")
+    labels = place if labels is None else whole_numbers(labels, (examples,), "contrast_memory")
     order = jnp.argsort(labels).astype(jnp.int32)
     first = jnp.searchsorted(labels[order], labels).astype(jnp.int32)
     after = jnp.searchsorted(labels[order], labels, side="right").astype(jnp.int32)
@@ -148,7 +148,7 @@ def contrast(
             f"contrast: student has shape {student.shape}, the memory {memory.student.shape}; "
             f"give [B, {width}]"
         )
-    valid, at = inside(_whole(indices, student.shape[:1], "contrast", "indices"), examples)
+    valid, at = inside(whole_numbers(indices, student.shape[:1], "contrast", "indices"), examples)
     student = unit(blank(student, where, "contrast"))
     teacher = unit(blank(teacher, where, "contrast"))
     use = (counts(student[:, 0], "contrast", where=where) > 0) & valid

@@ -69,7 +69,7 @@ def cross_entropy(
             f"{labels.dtype}; give whole numbers {logits.shape[:-1]}, or floats {logits.shape}"
         )
     if numbers:
-        values = -picked(chances, labels)
+        values = -_picked(chances, labels)
     else:
         values = -jnp.sum(blank(labels, where, "cross_entropy") * chances, axis=-1)
     if smoothing:
@@ -77,7 +77,7 @@ def cross_entropy(
     return mean(values, "cross_entropy", where=where, weights=weights)
 
 
-def picked(x: jax.Array, labels: jax.Array) -> jax.Array:
+def _picked(x: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the entries of the last axis that labels name; NaN for labels outside."""
     valid, labels = inside(labels, x.shape[-1])
     found = jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]

@@ -20,6 +20,7 @@ def apply(layer, x):
 
 
 attention = jax.jit(distill.attention)
+project = jax.jit(distill.project)
 
 
 def test_attention_of_other_sizes_is_averaged_over_areas():
@@ -43,11 +44,11 @@ def test_attention_of_other_sizes_is_averaged_over_areas():
 def test_heads_are_dense_layers_and_convolutions(key):
     x = draw(2, 3, 4, 2)
     head = distill.projection(key, 2, 5) | {"bias": draw(5)}
-    found = distill.project(head, x)
+    found = project(head, x)
     np.testing.assert_allclose(found, apply(head, x), rtol=2e-5)
 
     head = distill.projection(key, 2, 5, window=(3, 1)) | {"bias": draw(5)}
-    found = distill.project(head, x)
+    found = project(head, x)
     padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (0, 0), (0, 0)))
     kernel = np.asarray(head["kernel"])
     expected = sum(padded[:, i : i + 3] @ kernel[i, 0] for i in range(3)) + np.asarray(head["bias"])
@@ -56,9 +57,7 @@ def test_heads_are_dense_layers_and_convolutions(key):
 
 def test_heads_start_with_the_variance_of_their_input(key):
     x = draw(2000, 32)
-    assert float(jnp.std(distill.project(distill.projection(key, 32, 64), x))) == pytest.approx(
-        1, rel=0.1
-    )
+    assert float(jnp.std(project(distill.projection(key, 32, 64), x))) == pytest.approx(1, rel=0.1)
 
 
 def test_translators_have_a_leaky_relu_after_each_layer(key):
@@ -68,13 +67,13 @@ def test_translators_have_a_leaky_relu_after_each_layer(key):
     for layer in head:
         expected = apply(layer, expected)
         expected = np.where(expected > 0, expected, 0.1 * expected)
-    np.testing.assert_allclose(distill.project(head, x), expected, rtol=1e-5)
+    np.testing.assert_allclose(project(head, x), expected, rtol=1e-5)
 
 
 def test_projections_take_the_sizes_of_the_teacher():
     head = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
     x = draw(1, 4, 3, 2)
-    found = distill.project(head, x, like=jnp.zeros((1, 2, 6, 7)))
+    found = project(head, x, like=jnp.zeros((1, 2, 6, 7)))
     expected = np.repeat((x[:, ::2] + x[:, 1::2]) / 2, 2, axis=2)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
