@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import portion, whole
 from ._reduce import blank, counts, inside, mean, pair, positive, unit
-from ._reduce import indices as _whole
+from ._reduce import indices as whole_numbers
 
 
 class ContrastMemory(NamedTuple):
@@ -65,12 +66,12 @@ def contrast_memory(
     width = whole(width, "contrast_memory: width", least=1)
     banks = unit(jax.random.normal(key, (2, examples, width)))
     place = jnp.arange(examples, dtype=jnp.int32)
-    labels = place if labels is None else _whole(labels, (examples,), "contrast_memory")
+    labels = place if labels is None else whole_numbers(labels, (examples,), "contrast_memory")
     order = jnp.argsort(labels).astype(jnp.int32)
     first = jnp.searchsorted(labels[order], labels).astype(jnp.int32)
     after = jnp.searchsorted(labels[order], labels, side="right").astype(jnp.int32)
     same = after - first
-    if not isinstance(same, jax.core.Tracer) and int(same[0]) == examples:
+    if not isinstance(labels, jax.core.Tracer) and len(np.unique(labels)) == 1:
         raise ValueError("contrast_memory: labels name one class only; give two or more")
     return ContrastMemory(*banks, jnp.full(2, -jnp.inf), order, first, same)
 
@@ -147,7 +148,7 @@ def contrast(
             f"contrast: student has shape {student.shape}, the memory {memory.student.shape}; "
             f"give [B, {width}]"
         )
-    valid, at = inside(_whole(indices, student.shape[:1], "contrast", "indices"), examples)
+    valid, at = inside(whole_numbers(indices, student.shape[:1], "contrast", "indices"), examples)
     student = unit(blank(student, where, "contrast"))
     teacher = unit(blank(teacher, where, "contrast"))
     use = (counts(student[:, 0], "contrast", where=where) > 0) & valid

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import portion, whole
@@ -68,7 +69,7 @@ def cross_entropy(
             f"{labels.dtype}; give whole numbers {logits.shape[:-1]}, or floats {logits.shape}"
         )
     if numbers:
-        values = -picked(chances, labels)
+        values = -_picked(chances, labels)
     else:
         values = -jnp.sum(blank(labels, where, "cross_entropy") * chances, axis=-1)
     if smoothing:
@@ -76,7 +77,7 @@ def cross_entropy(
     return mean(values, "cross_entropy", where=where, weights=weights)
 
 
-def picked(x: jax.Array, labels: jax.Array) -> jax.Array:
+def _picked(x: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the entries of the last axis that labels name; NaN for labels outside."""
     valid, labels = inside(labels, x.shape[-1])
     found = jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]
@@ -193,13 +194,14 @@ def bias_correction(
             f"bias_correction: prior has shape {prior.shape}, logits {logits.shape}; give one "
             f"probability a class, ({classes},)"
         )
-    if not isinstance(prior, jax.core.Tracer) and (
-        bool(jnp.any(prior < 0)) or abs(float(jnp.sum(prior)) - 1) > 1e-5
-    ):
-        raise ValueError(
-            f"bias_correction: prior sums to {float(jnp.sum(prior)):g}, its least entry is "
-            f"{float(jnp.min(prior)):g}; give probabilities"
-        )
+    if not isinstance(prior, jax.core.Tracer):
+        # In NumPy: under a transformation what JAX makes of known numbers is not known.
+        known = np.asarray(prior)
+        if np.any(known < 0) or abs(np.sum(known) - 1) > 1e-5:
+            raise ValueError(
+                f"bias_correction: prior sums to {np.sum(known):g}, its least entry is "
+                f"{np.min(known):g}; give probabilities"
+            )
     logits = jax.lax.stop_gradient(blank(logits, where, "bias_correction"))
     prior = jax.lax.stop_gradient(prior / jnp.sum(prior))
     share = counts(logits[..., 0], "bias_correction", where=where).reshape(-1, 1)
