@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import portion, whole
-from ._reduce import blank, counts, inside, mean, pair, positive, unit
+from ._reduce import counts, inside, mean, only, pair, positive, unit
 from ._reduce import indices as whole_numbers
 
 
@@ -149,8 +149,8 @@ def contrast(
             f"give [B, {width}]"
         )
     valid, at = inside(whole_numbers(indices, student.shape[:1], "contrast", "indices"), examples)
-    student = unit(blank(student, where, "contrast"))
-    teacher = unit(blank(teacher, where, "contrast"))
+    student = unit(only(student, where, "contrast"))
+    teacher = unit(only(teacher, where, "contrast"))
     use = (counts(student[:, 0], "contrast", where=where) > 0) & valid
 
     # The place in the order of the classes, with the example's own class stepped over.

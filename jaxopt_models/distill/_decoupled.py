@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._reduce import blank, counts, indices, inside, mean, pair, positive, unit
-from ._soft import relative_entropy, soften
+from ._divergence import relative_entropy, soften
+from ._reduce import counts, indices, inside, mean, only, pair, positive, unit
 
 
 def decoupled(
@@ -67,7 +67,7 @@ def decoupled(
     classes = student.shape[-1]
     if classes < 2:
         raise ValueError(f"decoupled: student has shape {student.shape}; give two classes or more")
-    student, teacher = blank(student, where, "decoupled"), blank(teacher, where, "decoupled")
+    student, teacher = only(student, where, "decoupled"), only(teacher, where, "decoupled")
     valid, label = inside(labels, classes)
     label = label[..., None]
     place = jnp.arange(classes - 1).reshape((1,) * labels.ndim + (-1,))
@@ -139,7 +139,7 @@ def dist(
     """
     temperature = positive(temperature, "dist", "temperature")
     student, teacher = pair(student, teacher, "dist")
-    student, teacher = blank(student, where, "dist"), blank(teacher, where, "dist")
+    student, teacher = only(student, where, "dist"), only(teacher, where, "dist")
     p, q = jax.nn.softmax(teacher / temperature), jax.nn.softmax(student / temperature)
 
     def apart(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

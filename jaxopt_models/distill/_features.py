@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from .._options import number
 from ._heads import resize
-from ._reduce import blank, floats, mean, pair, rows, scaled, unit
+from ._reduce import floats, mean, only, pair, rows, scaled, unit
 
 
 def hint(
@@ -47,7 +47,7 @@ def hint(
       <https://arxiv.org/abs/1412.6550>`_, 2015
     """
     student, teacher = pair(student, teacher, "hint")
-    difference = blank(student, where, "hint") - blank(teacher, where, "hint")
+    difference = only(student, where, "hint") - only(teacher, where, "hint")
     return mean(difference**2, "hint", where=where, weights=weights)
 
 
@@ -96,8 +96,8 @@ def attention(
     """
     if number(power, "attention: power") < 1:
         raise ValueError(f"attention: power={power!r} must be at least 1")
-    student = blank(floats(student, "attention", "student", least=3), where, "attention")
-    teacher = blank(floats(teacher, "attention", "teacher", least=3), where, "attention")
+    student = only(floats(student, "attention", "student", least=3), where, "attention")
+    teacher = only(floats(teacher, "attention", "teacher", least=3), where, "attention")
     if student.ndim != teacher.ndim or len(student) != len(teacher):
         raise ValueError(
             f"attention: student has shape {student.shape}, teacher {teacher.shape}; give "
@@ -161,8 +161,8 @@ def factor_transfer(
     if number(order, "factor_transfer: order") < 1:
         raise ValueError(f"factor_transfer: order={order!r} must be at least 1")
     student, teacher = pair(student, teacher, "factor_transfer", least=2)
-    student = blank(student, where, "factor_transfer")
-    teacher = blank(teacher, where, "factor_transfer")
+    student = only(student, where, "factor_transfer")
+    teacher = only(teacher, where, "factor_transfer")
     difference = unit(rows(student)) - unit(rows(teacher))
     values = jnp.mean(jnp.abs(difference) ** order, axis=-1)
     return mean(values, "factor_transfer", where=where, weights=weights)
@@ -216,7 +216,7 @@ def variational(
             f"variational: scale has shape {scale.shape}, student {student.shape}; give one entry "
             f"a channel, {student.shape[-1:]}"
         )
-    difference = blank(student, where, "variational") - blank(teacher, where, "variational")
+    difference = only(student, where, "variational") - only(teacher, where, "variational")
     variance = jax.nn.softplus(scale).reshape((1,) * (student.ndim - 1) + (-1,)) + 1e-5
     values = (difference**2 / variance + jnp.log(variance)) / 2
     return mean(values, "variational", where=where, weights=weights)
@@ -271,7 +271,7 @@ def reconstruction(
     for (path, s), (_, t) in zip(outputs, targets, strict=True):
         at = jax.tree_util.keystr(path)
         s, t = pair(s, t, "reconstruction", names=(f"student{at}", f"teacher{at}"))
-        s, t = blank(s, where, "reconstruction"), blank(t, where, "reconstruction")
+        s, t = only(s, where, "reconstruction"), only(t, where, "reconstruction")
         error = mean((s - t) ** 2, "reconstruction", where=where, weights=weights)
         size = mean(t**2, "reconstruction", where=where, weights=weights)
         errors.append(error / jnp.where(size > 0, size, 1))

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._divergence import kl, log_probabilities, pick, temperature_of
-from ._reduce import channel_means, floats, magnitude, mean, only, pair
+from ._divergence import kl, log_probabilities, pick
+from ._reduce import channel_means, floats, magnitude, mean, only, pair, positive
 
 
 def one_hot(logits: jax.Array, *, where: Any = None, weights: Any = None) -> jax.Array:
@@ -194,7 +194,7 @@ def adversarial_js(
       <https://arxiv.org/abs/1912.08795>`_, 2020
     """
     who = "adversarial_js"
-    temperature = temperature_of(temperature, who)
+    temperature = positive(temperature, who, "temperature")
     student, teacher = pair(student, teacher, who, least=2)
     p, q = (log_probabilities(only(x, where, who) / temperature) for x in (teacher, student))
     middle = jnp.logaddexp(p, q) - math.log(2)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import portion, whole
-from ._reduce import blank, counts, floats, indices, inside, mean
+from ._reduce import counts, floats, indices, inside, mean, only
 
 
 def cross_entropy(
@@ -55,7 +55,7 @@ def cross_entropy(
       <https://arxiv.org/abs/1512.00567>`_, 2016
     """
     smoothing = portion(smoothing, "cross_entropy: smoothing")
-    logits = blank(floats(logits, "cross_entropy", "logits"), where, "cross_entropy")
+    logits = only(floats(logits, "cross_entropy", "logits"), where, "cross_entropy")
     labels = jnp.asarray(labels)
     chances = jax.nn.log_softmax(logits)
     numbers = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -71,7 +71,7 @@ def cross_entropy(
     if numbers:
         values = -_picked(chances, labels)
     else:
-        values = -jnp.sum(blank(labels, where, "cross_entropy") * chances, axis=-1)
+        values = -jnp.sum(only(labels, where, "cross_entropy") * chances, axis=-1)
     if smoothing:
         values = (1 - smoothing) * values - smoothing * jnp.mean(chances, axis=-1)
     return mean(values, "cross_entropy", where=where, weights=weights)
@@ -202,7 +202,7 @@ def bias_correction(
                 f"bias_correction: prior sums to {np.sum(known):g}, its least entry is "
                 f"{np.min(known):g}; give probabilities"
             )
-    logits = jax.lax.stop_gradient(blank(logits, where, "bias_correction"))
+    logits = jax.lax.stop_gradient(only(logits, where, "bias_correction"))
     prior = jax.lax.stop_gradient(prior / jnp.sum(prior))
     share = counts(logits[..., 0], "bias_correction", where=where).reshape(-1, 1)
     share = share / jnp.sum(share)

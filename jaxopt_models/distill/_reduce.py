@@ -181,25 +181,14 @@ def inside(labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
     return valid, jnp.where(valid, labels, 0)
 
 
-def blank(x: jax.Array, where: Any, who: str) -> jax.Array:
-    """Returns an array that is zero outside a mask of its leading axes.
-
-    What is left out may then be anything: through a loss, NaN would reach the derivative
-    although its value does not count.
-    """
-    if where is None:
-        return x
-    return jnp.where(_leading(jnp.asarray(where), x, who, "where") != 0, x, 0)
-
-
 def positive(value: Any, who: str, name: str) -> Any:
-    """Returns a positive number; traced ones, scheduled or learned, pass unchecked.
+    """Returns a positive number; arrays, scheduled or learned, pass unchecked.
 
     Raises:
       TypeError: if it is no number.
       ValueError: if it is not positive.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array):
         return value
     found = number(value, f"{who}: {name}")
     if found <= 0:

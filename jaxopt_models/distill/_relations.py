@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._reduce import EPSILON, blank, counts, floats, mean, rows, scaled, unit
-from ._soft import relative_entropy, soften
+from ._divergence import relative_entropy, soften
+from ._reduce import EPSILON, counts, floats, mean, only, rows, scaled, unit
 
 
 def similarity(
@@ -206,7 +206,7 @@ def _examples(
             "examples of both"
         )
     use = counts(jnp.zeros(len(student), student.dtype), who, where=where)
-    return rows(blank(student, where, who)), rows(blank(teacher, where, who)), use
+    return rows(only(student, where, who)), rows(only(teacher, where, who)), use
 
 
 def _pairs(use: jax.Array) -> jax.Array:

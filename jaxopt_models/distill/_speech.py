@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from .._options import flag, whole
-from ._divergence import FLOOR, kl, log_probabilities, pick, temperature_of
-from ._reduce import floats, indices, mask, mean, only, pair
+from ._divergence import FLOOR, kl, log_probabilities, pick
+from ._reduce import floats, indices, mask, mean, only, pair, positive
 from ._sequences import beam_weights
 
 
@@ -65,7 +65,7 @@ def ctc_frames(
     """
     who = "ctc_frames"
     student, teacher = pair(student, teacher, who, least=3)
-    temperature = temperature_of(temperature, who)
+    temperature = positive(temperature, who, "temperature")
     blank = _blank(blank, teacher.shape[-1], who)
     counts = mask(where, teacher.shape[:-1], who)
     if flag(drop_blank, f"{who}: drop_blank"):

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._divergence import kl, log_probabilities, temperature_of
-from ._reduce import mask, mean, only, pair, unit
+from ._divergence import kl, log_probabilities
+from ._reduce import mask, mean, only, pair, positive, unit
 
 
 def affinity(
@@ -66,10 +66,10 @@ def affinity(
       Wu et al., `TinyCLIP <https://arxiv.org/abs/2309.12314>`_, 2023
     """
     who = "affinity"
-    temperature = temperature_of(temperature, who)
+    temperature = positive(temperature, who, "temperature")
     if teacher_temperature is None:
         teacher_temperature = temperature
-    teacher_temperature = temperature_of(teacher_temperature, who, "teacher_temperature")
+    teacher_temperature = positive(teacher_temperature, who, "teacher_temperature")
     names = "student_images", "student_texts"
     student, pairs = _affinities(student_images, student_texts, temperature, where, who, names)
     names = "teacher_images", "teacher_texts"
@@ -126,7 +126,7 @@ def image_text(
       <https://arxiv.org/abs/2103.00020>`_, 2021
     """
     who = "image_text"
-    temperature = temperature_of(temperature, who)
+    temperature = positive(temperature, who, "temperature")
     scores, pairs = _affinities(images, texts, temperature, where, who, ("images", "texts"))
     there = jnp.broadcast_to(pairs[None], scores.shape)
     found = [jnp.diagonal(log_probabilities(x, there)) for x in (scores, scores.T)]

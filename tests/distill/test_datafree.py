@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_named():
     x = jnp.zeros((4, 5))
     with pytest.raises(ValueError, match=r"disagreement: student has shape \(4, 5\)"):
         disagreement(x, x[:2])
-    with pytest.raises(ValueError, match=r"temperature=0.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"temperature=0.0 must be positive"):
         adversarial_js(x, x, temperature=0)
     with pytest.raises(ValueError, match=r"one_hot: logits has shape \(5,\); give at least 2"):
         one_hot(x[0])

@@ -232,7 +232,7 @@ def test_speech_names_what_does_not_fit():
         ctc_frames(x, x, blank=4)
     with pytest.raises(ValueError, match=r"blank=-1 must be at least 0"):
         ctc_sequence(x, jnp.ones((2, 3), int), blank=-1)
-    with pytest.raises(ValueError, match=r"temperature=0.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"temperature=0.0 must be positive"):
         ctc_frames(x, x, temperature=0)
     with pytest.raises(TypeError, match=r"drop_blank=1 is neither"):
         ctc_frames(x, x, drop_blank=1)

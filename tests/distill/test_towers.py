@@ -156,7 +156,7 @@ def test_towers_name_what_does_not_fit():
         affinity(x, x[:4], x, x)
     with pytest.raises(ValueError, match=r"the student has 5 pairs, the teacher 4"):
         affinity(x, x, x[:4], x[:4])
-    with pytest.raises(ValueError, match=r"teacher_temperature=-1.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"teacher_temperature=-1.0 must be positive"):
         affinity(x, x, x, x, teacher_temperature=-1)
     with pytest.raises(TypeError, match=r"temperature='low' is no number"):
         image_text(x, x, temperature="low")
