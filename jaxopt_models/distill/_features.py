@@ -136,7 +136,7 @@ def factor_transfer(
     Args:
       student: factors `[B, ...]`.
       teacher: factors `[B, ...]`.
-      order: `p`, at least 1.
+      order: `p`, at least 1; for 1, rounding may give equal factors a derivative.
       where: mask of examples `[B]`, what counts.
       weights: non-negative weights of examples `[B]`.
 
