@@ -146,7 +146,8 @@ class Recipe:
       batch: generated images a step.
       rate: of the student.
       generator_rate: of the generator.
-      channels: of the generator.
+      channels: of the generator's convolutions; none for dense layers alone.
+      hidden: of its dense layers.
       weights: of its losses.
       classes: whether it is told a label.
       memory: images that are kept.
@@ -158,6 +159,7 @@ class Recipe:
     rate: float = 2e-3
     generator_rate: float = 1e-3
     channels: tuple[int, ...] = (32, 16)
+    hidden: tuple[int, ...] = ()
     weights: Weights = dataclasses.field(default_factory=Weights)
     classes: bool = False
     memory: int = 0
@@ -170,7 +172,8 @@ def lenet_teacher(seed: int, *, quick: bool) -> tuple[Any, Any, data.Images]:
     images = data.fashion_mnist_small() if quick else data.mnist()
     train = images.split().train
     model = models.LeNet5()
-    fn, params = jom.functional((model, jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 28, 28)))))
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 28, 28)))
+    fn, params = jom.functional((model, variables))
     batches = data.shuffled(train.images, train.labels, size=100, seed=seed)
     steps = (1 if quick else 6) * batches.steps_per_epoch
     return fn, trained(fn, params, batches, steps), images
@@ -186,7 +189,12 @@ def without_images(
     )
     classes = 10 if recipe.classes else None
     made = distill.generator(
-        jax.random.key(seed + 2), recipe.noise, (28, 28, 1), channels=recipe.channels, classes=classes
+        jax.random.key(seed + 2),
+        recipe.noise,
+        (28, 28, 1),
+        hidden=recipe.hidden,
+        channels=recipe.channels,
+        classes=classes,
     )
     total = recipe.steps * recipe.student_steps
     scheme = distill.data_free(
