@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +18,6 @@ from jaxopt_models import data, distill, models
 from jaxopt_models.models._images import halve, pixels
 
 from ._distilled import Fn, adam, mlp, right
-from ._rows import Row, mean_row
 
 logger = logging.getLogger(__name__)
 

@@ -151,7 +151,7 @@ def adversarial(
             trained=(trained,),
             rest=(taken_over(trained[0], state.rest[0], new),),
             opt=(opt,),
-            memory=jax.lax.stop_gradient(memory),
+            memories=(memory,),
             kept=kept,
             step=state.step + 1,
         )
@@ -172,7 +172,7 @@ def adversarial(
             [teacher],
             optimizers,
             heads=[heads],
-            memory=memory,
+            memories=[memory],
             kept=kept,
             key=key,
             who=who,

@@ -21,6 +21,7 @@ from ._network import as_network
 from ._place import Place
 from ._state import Scheme, State, begin, taken_over
 
+
 def data_free(
     student: Any,
     teacher: Any,
@@ -172,7 +173,7 @@ def data_free(
             trained=(trained,),
             rest=(taken_over(trained[0], state.rest[0], new),),
             opt=(opt,),
-            memory=jax.lax.stop_gradient(memory),
+            memories=(memory,),
             kept=kept,
         )
         return after, metrics
@@ -215,7 +216,7 @@ def data_free(
             [teacher],
             optimizers,
             heads=[heads],
-            memory=memory,
+            memories=[memory],
             kept=kept,
             key=key,
             who=who,

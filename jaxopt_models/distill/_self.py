@@ -106,7 +106,7 @@ def self_taught(
     )
 
     def init(params: Any, *, heads: Any = None, memory: Any = None, key: Any = None) -> State:
-        state = scheme.init([params], heads=[heads], memory=memory, key=key)
+        state = scheme.init([params], heads=[heads], memories=[memory], key=key)
         if decay is None:
             return state
         average = jax.tree.map(jnp.copy, state.trained[0][0])
