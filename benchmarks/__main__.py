@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME [--quick] [--json FILE]``, ``--list``, ``--markdown FILE ...``."""
+"""``python -m benchmarks NAME [--part P] [--quick] [--json FILE]``, ``--list``, ``--markdown F ...``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a reduced setting, bars may be missed"
     )
+    parser.add_argument("--part", metavar="NAME", help="one part of a benchmark that has parts")
     parser.add_argument("--json", metavar="FILE", help="write the rows to a file")
     parser.add_argument("--markdown", nargs="+", metavar="FILE", help="print result files")
     args = parser.parse_args()
@@ -39,10 +40,19 @@ def main() -> int:
         parser.error(f"no benchmark {args.name!r}; there are {', '.join(_names())}")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("benchmarks").setLevel(logging.INFO)
-    rows = importlib.import_module(f"benchmarks.{args.name}").run(quick=args.quick)
-    print(_rows.table(args.name, rows))
+    module, command = importlib.import_module(f"benchmarks.{args.name}"), args.name
+    if args.part:
+        parts = getattr(module, "PARTS", {})
+        if args.part not in parts:
+            parser.error(
+                f"{args.name} has no part {args.part!r}; it has {', '.join(parts) or 'none'}"
+            )
+        module, command = parts[args.part], f"{args.name} --part {args.part}"
+    rows = getattr(module, "run", None) or module.rows
+    rows = rows(quick=args.quick)
+    print(_rows.table(command, rows))
     if args.json:
-        _rows.write(args.json, args.name, rows, quick=args.quick)
+        _rows.write(args.json, command, rows, quick=args.quick)
     return 0 if args.quick or all(r.holds is not False for r in rows) else 1
 
 

@@ -17,6 +17,8 @@ from jaxopt_models import data, distill
 TEACHER = (784, 500, 300, 10)
 STUDENT = (784, 64, 10)
 BATCH = 100
+# Chosen on validation images with seeds 100 and 101, as are the numbers of steps.
+RATE = 3e-3
 Fn = Callable[..., jax.Array]
 
 
@@ -40,7 +42,7 @@ def apply(params: Any, images: jax.Array) -> jax.Array:
     return x
 
 
-def adam(steps: int, rate: float = 1e-3) -> optax.GradientTransformation:
+def adam(steps: int, rate: float = RATE) -> optax.GradientTransformation:
     """Returns Adam whose rate falls to zero along a cosine."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
@@ -115,7 +117,7 @@ def task(seed: int, *, quick: bool) -> Task:
     batches = data.shuffled(images.train_images, images.train_labels, size=BATCH, seed=seed)
     steps = (3 if quick else 20) * batches.steps_per_epoch
     alone = distill.classification(hard=1, soft=0)
-    init, step = distill.self_taught(apply, alone, adam(steps))
+    init, step = distill.self_taught(apply, alone, adam(steps, 1e-3))
     state = init(mlp(TEACHER, jax.random.key(seed)))
     teacher = distill.fit(step, state, batches, steps=steps, progress=False).state.student
     return Task(images, teacher, seed, 1000 if quick else 2000)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import statistics
+import time
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +20,7 @@ from jaxopt_models import data, distill, models
 from jaxopt_models.models._images import halve, pixels
 
 from ._distilled import Fn, adam, mlp, right
+from ._rows import Row, mean_row
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +155,11 @@ class Recipe:
       student_steps: for each of the generator.
     """
 
-    steps: int = 2000
+    steps: int = 400
     batch: int = 256
     rate: float = 2e-3
     generator_rate: float = 1e-3
-    channels: tuple[int, ...] = (32, 16)
+    channels: tuple[int, ...] = (16, 8)
     hidden: tuple[int, ...] = ()
     weights: Weights = dataclasses.field(default_factory=Weights)
     classes: bool = False
@@ -230,3 +233,42 @@ def without_images(
         progress=False,
     )
     return curve, done.state.student
+
+
+def rows(*, quick: bool) -> list[Row]:
+    """Measures three seeds of both."""
+    seeds = (0,) if quick else (0, 1, 2)
+    small = [small_digits(seed, quick=quick) for seed in seeds]
+    ends, teachers, curves, seconds = [], [], [], []
+    recipe = Recipe(steps=4, batch=16) if quick else Recipe()
+    for seed in seeds:
+        fn, teacher, images = lenet_teacher(seed, quick=quick)
+        teachers.append(right(fn, teacher, images.test_images, images.test_labels))
+        start = time.perf_counter()
+        curve, _ = without_images(seed, fn, teacher, images, recipe, test=True)
+        seconds.append(time.perf_counter() - start)
+        ends.append(curve[-1][1])
+        curves.append(curve)
+    along = "; ".join(
+        f"{steps}: {statistics.fmean(curve[i][1] for curve in curves):.2f}"
+        for i, (steps, _) in enumerate(curves[0])
+    )
+    return [
+        mean_row("digits 8 x 8: teacher, accuracy in %", [s["teacher"] for s in small]),
+        mean_row(
+            "digits 8 x 8, no image seen: points above the teacher",
+            [s["taught"] - s["teacher"] for s in small],
+            ">= -3",
+        ),
+        mean_row(
+            "digits 8 x 8, no image seen: points above uniform noise",
+            [s["taught"] - s["noise"] for s in small],
+            ">= 7",
+        ),
+        mean_row("MNIST, LeNet-5: teacher, accuracy in %", teachers),
+        dataclasses.replace(
+            mean_row("MNIST, half of LeNet-5, no image seen: accuracy in %", ends, ">= 96"),
+            note=f"accuracy after steps, mean of seeds: {along}",
+        ),
+        Row("MNIST, no image seen: minutes of the slowest seed", max(seconds) / 60, "<= 30"),
+    ]

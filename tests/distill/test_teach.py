@@ -81,6 +81,9 @@ def test_batch_statistics_are_taken_over():
     inner = x @ layer["kernel"] + layer["bias"]
     got = state.student["batch_stats"]["norm"]["mean"]
     np.testing.assert_allclose(got, 0.01 * inner.mean(0), atol=1e-6)
+    # New statistics leave the scope of the norm, too, but are no value that anyone looks at.
+    look = distill.Network(net.fn, stateful=True, taps=["norm"]).look
+    assert jax.eval_shape(look, params, batch(0)).taps["norm"].shape == (8, 5)
     with pytest.raises(ValueError, match="no pair"):
         distill.Network(TEACHER[0], stateful=True).look(TEACHER[1], batch())
 
