@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME [--part P] [--quick] [--json FILE]``, ``--list``, ``--markdown F ...``."""
+"""``python -m benchmarks NAME [--part P] [--quick] [--json F]``, ``--list``, ``--markdown F``."""
 
 from __future__ import annotations
 
