@@ -151,11 +151,11 @@ class Recipe:
       hidden: of its dense layers.
       weights: of its losses.
       classes: whether it is told a label.
-      memory: images that are kept.
+      inversions: images that are kept.
       student_steps: for each of the generator.
     """
 
-    steps: int = 400
+    steps: int = 300
     batch: int = 256
     rate: float = 2e-3
     generator_rate: float = 1e-3
@@ -163,7 +163,7 @@ class Recipe:
     hidden: tuple[int, ...] = ()
     weights: Weights = dataclasses.field(default_factory=Weights)
     classes: bool = False
-    memory: int = 0
+    inversions: int = 0
     student_steps: int = 5
     noise: int = 100
 
@@ -209,7 +209,7 @@ def without_images(
         batch=recipe.batch,
         noise=recipe.noise,
         classes=classes,
-        memory=recipe.memory,
+        inversions=recipe.inversions,
         student_steps=recipe.student_steps,
     )
     state = scheme.init(params, teacher, made, key=jax.random.key(seed + 3))

@@ -17,7 +17,7 @@ from ._rows import Row, mean_row
 
 logger = logging.getLogger(__name__)
 # Chosen on validation images with seeds 100 and 101.
-WEIGHT, JUDGE_RATE, KIND = 0.1, 1e-3, "logistic"
+WEIGHT, JUDGE_RATE, KIND = 0.3, 1e-3, "logistic"
 HIDDEN = (64,)
 PEER_STEPS, PEER_RATE = 3000, 1e-3
 

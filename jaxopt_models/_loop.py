@@ -80,8 +80,9 @@ def loop(
         with bar(title, steps, done=start, show=show) as advance:
             for i in range(start, steps):
                 state, found = step(state, batches(i))
-                advance(text(found) if (i + 1) % 50 == 0 else "")
+                # First, so that an interrupt in what follows finds the step counted.
                 stop = each(i + 1, state, found)
+                advance(text(found) if (i + 1) % 50 == 0 else "")
                 if stop or (i + 1) % save_every == 0 or i + 1 == steps:
                     save(state)
                 if stop:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ._encoded import Encoded, is_encoded
-from ._paths import flatten
+from ._options import pattern
+from ._paths import Parameter, flatten
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
+def partition(tree: Any, *, fixed: str | None = None) -> tuple[Any, Any]:
     """Splits a tree into what may be trained and the rest.
 
     A leaf type declares which of its fields are trained (values, scales, centroids); dense
@@ -22,9 +24,13 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
     Args:
       tree: any tree, compressed or not.
+      fixed: regular expression on whole paths of parameters that are not trained.
 
     Returns:
       ``(trainable, rest)``; :func:`combine` puts them together again.
+
+    Raises:
+      TypeError, ValueError: if ``fixed`` is no regular expression, or matches no path.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxopt_models as jom
@@ -35,8 +41,24 @@ def partition(tree: Any) -> tuple[Any, Any]:
       Array([2., 2.], dtype=float32)
     """
     leaves, unflatten = flatten(tree)
-    halves = [_split(p.value, not p.reason) for p in leaves]
+    stays = matching(leaves, fixed, "partition: fixed")
+    halves = [_split(p.value, not p.reason and p.path not in stays) for p in leaves]
     return unflatten([a for a, _ in halves]), unflatten([b for _, b in halves])
+
+
+def matching(leaves: Sequence[Parameter], text: str | None, name: str) -> set[str]:
+    """Returns the paths that a regular expression matches; none for ``None``.
+
+    Raises:
+      TypeError, ValueError: naming the option, if it is no regular expression, or matches none.
+    """
+    if text is None:
+        return set()
+    found = {p.path for p in leaves if pattern(text, name).fullmatch(p.path)}
+    if not found:
+        paths = ", ".join(sorted(p.path for p in leaves))
+        raise ValueError(f"{name}={text!r} matches no path; they are {paths}")
+    return found
 
 
 def _split(x: Any, train: bool) -> tuple[Any, Any]:

@@ -18,6 +18,8 @@ from ._tracked import dense, origins_of
 from ._walk import Emitted, Walk
 
 _CLOSED = ("custom_jvp_call", "custom_vjp_call")
+# The scope of an equation around a body, of which it is only known that it is another one.
+_OUTSIDE = "\0"
 
 
 def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
@@ -59,6 +61,11 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
       >>> found["hidden"]
       Array([[1., 0.]], dtype=float32)
     """
+    return tapped(fn, names)
+
+
+def tapped(fn: Callable[..., Any], names: Sequence[str], *, kernels: bool = True) -> Any:
+    """Returns what :func:`taps` does; ``kernels`` as for ``accelerate`` and ``simulate``."""
     check_function(fn, "taps")
     names = (names,) if isinstance(names, str) else tuple(names or ())
     wrong = [n for n in names if not isinstance(n, str)]
@@ -66,14 +73,14 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
         raise TypeError(f"taps: {wrong[0]!r} is no name; give strings such as 'ip1/kernel'")
 
     @functools.wraps(fn)
-    def tapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def call(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         frame, arrays = take_apart(params, args, kwargs)
         return (kept if frame.hashable() else run)(frame, arrays)
 
     def run(frame: Any, arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
         program = trace(fn, frame, arrays, who="taps", every=True, reached=False)
         wanted, paths = _resolve(names, program, frame.restore(arrays)[0], name_of(fn))
-        walk = Tapping(wanted=wanted, paths=paths)
+        walk = (Tapping if kernels else _Simulated)(wanted=wanted, paths=paths)
         out = walk.run(program.jaxpr, program.consts, program.operands)
         found: dict[str, list[Any]] = {name: [] for name in names}
         for key in sorted(walk.side):
@@ -106,8 +113,8 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
         rows += [("eqn", s.label, [list(v.aval.shape) for v in s.eqn.outvars]) for s in sites]
         return Table(("kind", "name", "shape"), rows, title=f"taps {name_of(fn)}")
 
-    tapped.table = table  # type: ignore[attr-defined]
-    return tapped
+    call.table = table  # type: ignore[attr-defined]
+    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +137,19 @@ class _Site:
 
 
 def _sites(
-    jaxpr: Any, around: tuple[Any, ...] = (), counts: dict[str, int] | None = None
+    jaxpr: Any,
+    around: tuple[Any, ...] = (),
+    counts: dict[str, int] | None = None,
+    only_returned: Sequence[bool] | None = None,
 ) -> list[_Site]:
+    """Lists the equations of a program.
+
+    Args:
+      jaxpr: of the program, or of a body in it.
+      around: the equations around it.
+      counts: how many there were of each primitive.
+      only_returned: of a body, which outputs no equation around it reads.
+    """
     counts = {} if counts is None else counts
     outer = scope_of(*around)
     scopes = [scope_of(*around, e) for e in jaxpr.eqns]
@@ -140,9 +158,10 @@ def _sites(
         for v in e.invars:
             if not is_literal(v):
                 readers.setdefault(v, []).append(scope)
-    for v in jaxpr.outvars:
+    final = [True] * len(jaxpr.outvars) if only_returned is None else only_returned
+    for v, last in zip(jaxpr.outvars, final, strict=True):
         if not is_literal(v):
-            readers.setdefault(v, []).append(None)
+            readers.setdefault(v, []).append(None if last else _OUTSIDE)
     found = []
     for e, scope in zip(jaxpr.eqns, scopes, strict=True):
         name = e.primitive.name
@@ -152,7 +171,7 @@ def _sites(
             for s in _prefixes(scope):
                 if (outer + "/").startswith(s + "/"):
                     continue  # The scope goes on outside; what leaves it is seen there.
-                if any(r is None or not (r + "/").startswith(s + "/") for r in readers.get(v, [])):
+                if any(not _inside(r, s) for r in readers.get(v, [])):
                     leaving.setdefault(s, []).append(i)
         if name == "name":
             leaving.setdefault(e.params["name"], []).append(0)
@@ -163,8 +182,16 @@ def _sites(
         found.append(_Site(e, trail, f"{name}:{n}", leaving, returned))
         if name not in _CLOSED:
             for body in bodies(e):
-                found += _sites(body, (*around, e), counts)
+                # In a loop, and where a body's outputs are others, everything counts as read.
+                last = [False] * len(body.outvars)
+                if name not in ("scan", "while") and len(body.outvars) == len(e.outvars):
+                    last = [i in returned for i in range(len(e.outvars))]
+                found += _sites(body, (*around, e), counts, last)
     return found
+
+
+def _inside(reader: str | None, scope: str) -> bool:
+    return reader not in (None, _OUTSIDE) and (reader + "/").startswith(scope + "/")
 
 
 def _prefixes(scope: str) -> list[str]:
@@ -272,3 +299,9 @@ class Tapping(Walk):
 
     def mesh_spec(self, axes: tuple[str, ...]) -> Any:
         return jax.sharding.PartitionSpec(axes)
+
+
+class _Simulated(Tapping):
+    """The same without kernels."""
+
+    kernels = False

@@ -15,7 +15,7 @@ from . import artifact
 from ._compress import compress
 from ._encoded import materialize
 from ._loop import loop
-from ._partition import combine, partition
+from ._partition import combine, matching, partition
 from ._paths import flatten
 from ._recipe import Rule
 from ._resume import Checkpoints
@@ -99,8 +99,16 @@ def _step(loss_fn: Any, tx: Any, stateful: bool, state: State, batch: Any) -> An
     return State(trainable, rest, opt, step + 1), value
 
 
-def take_state(tree: Any, new: Any) -> Any:
-    """Returns the untrained half of ``tree`` with what is no parameter taken from ``new``."""
+def take_state(tree: Any, new: Any, *, fixed: str | None = None) -> Any:
+    """Returns the untrained half of ``tree``, with what is no parameter taken from ``new``.
+
+    Args:
+      tree: parameters and state.
+      new: the same, as a function returned them.
+      fixed: paths of floating leaves that are no parameters either, as for :func:`partition`.
+    """
     leaves, unflatten = flatten(tree)
-    fresh = {p.path: p.value for p in flatten(new)[0] if p.reason}
-    return partition(unflatten([fresh.get(p.path, p.value) for p in leaves]))[1]
+    stays = matching(leaves, fixed, "fixed")
+    fresh = {p.path: p.value for p in flatten(new)[0] if p.reason or p.path in stays}
+    whole = unflatten([fresh.get(p.path, p.value) for p in leaves])
+    return partition(whole, fixed=fixed)[1]

@@ -12,14 +12,13 @@ import optax
 from jax.sharding import Mesh
 
 from .._options import number
-from .._partition import combine
 from ._classification import second
-from ._core import Loss, compiled, descend, pairs, split_loss
+from ._core import RESERVED, Loss, check_loss, descend, pairs, split_loss
 from ._judges import judged
-from ._network import Seen, as_network
-from ._place import Place
+from ._network import Seen
 from ._scores import fool_loss, judge_accuracy, judge_loss
-from ._state import Scheme, State, begin, taken_over
+from ._state import Scheme, State, check_floating
+from ._teach import one_student
 
 
 def adversarial(
@@ -70,9 +69,10 @@ def adversarial(
 
     Returns:
       ``(init, step)``: ``init(student_params, teacher_params, judge_params, *, heads=None,
-      memory=None, key=None)``. Metrics are those of the loss, ``fool``, ``judge`` (its loss) and
-      ``judge_accuracy``, the share of scores on the right side before its step: 0.5 is a judge
-      that can tell nothing. The judge's parameters are in ``state.kept["judge"]``.
+      memory=None, key=None)``. Metrics are those of ``loss``, its value ``taught``, ``fool``,
+      ``judge`` (the judge's loss) and ``judge_accuracy``, the share of scores on the right side
+      before its step: 0.5 is a judge that can tell nothing. The judge's parameters are
+      ``state.memory["judge"]``, what the loss keeps ``state.memory["loss"]``.
 
     Raises:
       TypeError, ValueError: as :func:`teacher_student`; for a negative weight or another kind.
@@ -86,7 +86,7 @@ def adversarial(
       >>> state = scheme.init({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, judge)
       >>> state, metrics = scheme.step(state, (jnp.eye(2), jnp.array([0, 2])))
       >>> sorted(metrics)
-      ['fool', 'hard', 'judge', 'judge_accuracy', 'loss', 'soft']
+      ['fool', 'hard', 'judge', 'judge_accuracy', 'loss', 'soft', 'taught']
 
     References:
       Goodfellow et al., `Generative Adversarial Networks <https://arxiv.org/abs/1406.2661>`_,
@@ -97,65 +97,49 @@ def adversarial(
       Distillation with Conditional Adversarial Networks <https://arxiv.org/abs/1709.00513>`_, 2017
     """
     who = "adversarial"
-    network, master = as_network(student, who, "student"), as_network(teacher, who, "teacher")
+    check_loss(loss, who)
     weight = number(weight, "adversarial: weight")
     if weight < 0:
         raise ValueError(f"adversarial: weight={weight}; give at least 0")
     judge_loss(jnp.zeros(1), jnp.zeros(1), kind=kind)  # another kind is refused now
-    place = Place(mesh, axis, who)
-    optimizers = pairs(optimizer, heads_optimizer, 1, who)
     judge_tx = optax.adam(1e-3, b1=0.5) if judge_optimizer is None else judge_optimizer
-    judge_txs = pairs(judge_tx, None, 1, who)[0]
+    judge_txs = pairs(judge_tx, None, 1, who)[0][:1]
 
-    def taught(judge_params: Any, judge_opt: Any, real: Any, fake: Any, given: Any) -> Any:
+    def taught(kept: dict[str, Any], real: Any, fake: Any, given: Any) -> tuple[Any, Any]:
         def of(params: Any) -> Any:
             a, b = judge(params, real, given), judge(params, fake, given)
             return judge_loss(a, b, kind=kind), judge_accuracy(a, b, kind=kind)
 
-        (value, accuracy), grads = jax.value_and_grad(of, has_aux=True)(judge_params)
-        new, opt = descend(judge_txs[:1], (grads,), (judge_opt,), (judge_params,))
-        return new[0], opt[0], {"judge": value, "judge_accuracy": accuracy}
+        (value, accuracy), grads = jax.value_and_grad(of, has_aux=True)(kept["judge"])
+        new, opt = descend(judge_txs, (grads,), (kept["judge_opt"],), (kept["judge"],), value)
+        metrics = {"judge": value, "judge_accuracy": accuracy}
+        return {"judge": new[0], "judge_opt": opt[0]}, metrics
 
-    def advance(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-        shown = master.look(state.teachers[0], batch)
+    def both(student: Seen, teacher: Seen, batch: Any) -> Any:
         given = None if condition is None else condition(batch)
-        real = view(shown)
-
-        def total(trained: Any) -> Any:
-            t, heads = trained
-            seen = network.look(combine(t, state.rest[0]), batch, learn=True)
-            seen = dataclasses.replace(
-                seen, heads=heads, memory=state.memory, step=state.step, key=key
-            )
-            fake = view(seen)
-            # Inside, so that the student runs once for both: the judge learns from its value.
-            judge_params, judge_opt, metrics = taught(
-                state.kept["judge"],
-                state.kept["judge_opt"],
-                real,
-                jax.lax.stop_gradient(fake),
-                given,
-            )
-            value, found, memory = split_loss(loss(seen, shown, batch), who)
-            fooled = fool_loss(judge(jax.lax.stop_gradient(judge_params), fake, given), kind=kind)
-            metrics = {"loss": value, "fool": fooled, **metrics, **found}
-            memory = state.memory if memory is None else memory
-            kept = {"judge": judge_params, "judge_opt": judge_opt}
-            return value + weight * fooled, (metrics, kept, seen.new, memory)
-
-        grads, (metrics, kept, new, memory) = jax.grad(total, has_aux=True)(state.trained[0])
-        trained, opt = descend(optimizers[0], grads, state.opt[0], state.trained[0])
-        after = dataclasses.replace(
-            state,
-            trained=(trained,),
-            rest=(taken_over(trained[0], state.rest[0], new),),
-            opt=(opt,),
-            memories=(memory,),
-            kept=kept,
-            step=state.step + 1,
+        own = dataclasses.replace(student, memory=student.memory["loss"])
+        real, fake = view(teacher), view(own)
+        # The judge learns from the student's value, so that the student is run once for both.
+        kept, told = taught(student.memory, real, jax.lax.stop_gradient(fake), given)
+        reserved = (*RESERVED, "taught", "fool", *told)
+        value, metrics, memory = split_loss(
+            loss(own, teacher, batch), who, own.memory, reserved=reserved
         )
-        return after, metrics
+        scores = judge(jax.lax.stop_gradient(kept["judge"]), fake, given)
+        fooled = fool_loss(scores, kind=kind)
+        metrics = {"taught": value, "fool": fooled, **told, **metrics}
+        return value + weight * fooled, metrics, {**kept, "loss": memory}
+
+    scheme = one_student(
+        student,
+        teacher,
+        both,
+        optimizer,
+        heads_optimizer=heads_optimizer,
+        mesh=mesh,
+        axis=axis,
+        who=who,
+    )
 
     def init(
         student: Any,
@@ -166,17 +150,8 @@ def adversarial(
         memory: Any = None,
         key: Any = None,
     ) -> State:
-        kept = {"judge": judge, "judge_opt": judge_txs[0].init(judge)}
-        state = begin(
-            [student],
-            [teacher],
-            optimizers,
-            heads=[heads],
-            memories=[memory],
-            kept=kept,
-            key=key,
-            who=who,
-        )
-        return place.state(state)
+        check_floating(judge, f"{who}: judge_params")
+        kept = {"judge": judge, "judge_opt": judge_txs[0].init(judge), "loss": memory}
+        return scheme.init(student, teacher, heads=heads, memory=kept, key=key)
 
-    return Scheme(init, compiled(advance, place))
+    return Scheme(init, scheme.step)

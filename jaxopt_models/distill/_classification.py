@@ -20,9 +20,9 @@ def second(batch: Any) -> Any:
     Raises:
       TypeError: if it has no second part.
     """
-    if isinstance(batch, dict) or not hasattr(batch, "__getitem__") or hasattr(batch, "shape"):
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(
-            f"a batch is {type(batch).__name__}, no (inputs, labels); say where labels are: "
+            f"a batch is {type(batch).__name__}, no tuple (inputs, labels); say where labels are: "
             "classification(labels=lambda batch: batch['label'])"
         )
     return batch[1]
@@ -81,9 +81,18 @@ def classification(
         parts = {}
         if hard:
             right = labels(batch)
+            if any(right is getattr(s, "out", None) for s in _listed(others)):
+                raise ValueError(
+                    "classification: the labels are the teacher's outputs; give batches "
+                    "(inputs, labels, outputs), or hard=0"
+                )
             parts["hard"] = cross_entropy(student.out, right, smoothing=smoothing, where=counts)
         if soft:
-            shown = others if isinstance(others, list) else [others]
+            if others is None:
+                raise ValueError(
+                    "classification: soft targets, but nobody teaches here; write "
+                    "classification(hard=1, soft=0), or give self_taught a decay="
+                )
             found = [
                 kd(
                     student.out,
@@ -92,10 +101,14 @@ def classification(
                     divergence=divergence,
                     where=counts,
                 )
-                for s in shown
+                for s in _listed(others)
             ]
             parts["soft"] = sum(found) / len(found)
         weights = {"hard": hard, "soft": soft}
         return sum(weights[name] * part for name, part in parts.items()), parts
 
     return loss
+
+
+def _listed(others: Any) -> list[Any]:
+    return others if isinstance(others, list) else [others]

@@ -13,34 +13,69 @@ import optax
 from .._partition import combine
 from ._network import Network, Seen
 from ._place import Place
-from ._state import Scheme, State, begin, taken_over
+from ._state import State, begin, check_state, taken_over
 
 # (network, what the others show, batch) -> loss, (loss, metrics) or (loss, metrics, memory).
 Loss = Callable[[Seen, Any, Any], Any]
+# What metrics cannot be named: columns of the history, and the value itself.
+RESERVED = ("loss", "step", "score")
 
 
-def split_loss(found: Any, who: str) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """Returns value, metrics and memory of what a loss returned.
+def check_loss(loss: Any, who: str, name: str = "loss") -> None:
+    """Raises a `TypeError` unless a loss can be called."""
+    if not callable(loss):
+        raise TypeError(
+            f"{who}: {name} is {type(loss).__name__}; give a function (student, teacher, batch) "
+            "-> value, such as distill.classification()"
+        )
+
+
+def split_loss(
+    found: Any, who: str, memory: Any = None, *, reserved: Sequence[str] = RESERVED
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """Returns value, metrics and new memory of what a loss returned.
+
+    Args:
+      found: what it returned.
+      who: the public function, for messages.
+      memory: what the loss kept before; it stays if none is returned.
+      reserved: what metrics cannot be named.
 
     Raises:
-      TypeError: if the value is no scalar, or metrics are no scalars by name.
+      TypeError: if the value is no floating scalar, metrics are no scalars by name, or the memory
+        has another structure.
+      ValueError: for a reserved name.
     """
-    value, metrics, memory = found, {}, None
+    value, metrics, new = found, {}, None
     if isinstance(found, tuple):
         if not 2 <= len(found) <= 3:
             raise TypeError(
                 f"{who}: loss returned a tuple of {len(found)}; return the value, (value, metrics) "
                 "or (value, metrics, memory)"
             )
-        value, metrics, memory = (*found, None)[:3]
-    if not hasattr(value, "shape") or value.shape != ():
-        got = getattr(value, "shape", type(value).__name__)
-        raise TypeError(f"{who}: loss returned {got}; return one number, such as a mean")
-    if not isinstance(metrics, dict) or any(jnp.shape(m) for m in metrics.values()):
+        value, metrics, new = (*found, None)[:3]
+    if not _is_number(value) or not jnp.issubdtype(value.dtype, jnp.floating):
+        got = getattr(value, "aval", type(value).__name__)
+        raise TypeError(f"{who}: loss returned {got}; return one floating number, such as a mean")
+    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
         raise TypeError(f"{who}: loss returned {metrics!r:.80} for metrics; give {{name: scalar}}")
-    if "loss" in metrics:
-        raise ValueError(f"{who}: a metric is named 'loss', which is that of the value")
-    return value, {k: jnp.asarray(m) for k, m in metrics.items()}, memory
+    if taken := [name for name in metrics if name in reserved]:
+        raise ValueError(
+            f"{who}: a metric is named {taken[0]!r}; {', '.join(reserved)} are taken, rename it"
+        )
+    if new is None:
+        return value, metrics, memory
+    shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), m) for m in (memory, new)]
+    if shapes[0] != shapes[1]:
+        raise TypeError(
+            f"{who}: the loss returned memory {shapes[1]!r:.200}, and got {shapes[0]!r:.200}; pass "
+            "init(memory=) what it begins with, of the same structure, shapes and dtypes"
+        )
+    return value, metrics, new
+
+
+def _is_number(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.shape(x) == () and jnp.issubdtype(x.dtype, jnp.number)
 
 
 def pairs(optimizer: Any, heads_optimizer: Any, count: int, who: str) -> list[tuple[Any, Any]]:
@@ -64,12 +99,22 @@ def pairs(optimizer: Any, heads_optimizer: Any, count: int, who: str) -> list[tu
     return [(tx, other or tx) for tx in given]
 
 
-def descend(txs: tuple[Any, Any], grads: Any, opt: Any, trained: Any) -> tuple[Any, Any]:
-    """Returns a student's trained parameters and heads, and its optimizer's state, a step on."""
+def descend(
+    txs: Sequence[Any], grads: Any, opt: Any, trained: Any, value: jax.Array
+) -> tuple[Any, Any]:
+    """Returns a student's trained parameters and heads, and its optimizer's state, a step on.
+
+    Args:
+      txs: the optimizers of both.
+      grads: derivatives of both.
+      opt: their states.
+      trained: parameters and heads.
+      value: the student's loss, for optimizers that look at it.
+    """
     new, states = [], []
     for tx, g, o, t in zip(txs, grads, opt, trained, strict=True):
         if jax.tree.leaves(t):  # heads may be none
-            u, o = tx.update(g, o, t)
+            u, o = tx.update(g, o, t, value=value)
             t = optax.apply_updates(t, u)
         new.append(t)
         states.append(o)
@@ -77,7 +122,7 @@ def descend(txs: tuple[Any, Any], grads: Any, opt: Any, trained: Any) -> tuple[A
 
 
 def compiled(advance: Callable[..., Any], place: Place) -> Callable[..., Any]:
-    """Returns the public step of ``(state without teachers, teachers, batch) -> (state, metrics)``.
+    """Returns the public step of ``(state, batch) -> (state, metrics)``.
 
     The teachers are an argument of their own, so that they are not given up with the state.
     """
@@ -90,6 +135,7 @@ def compiled(advance: Callable[..., Any], place: Place) -> Callable[..., Any]:
     program = jax.jit(run, donate_argnums=0)
 
     def step(state: State, batch: Any = None) -> tuple[State, dict[str, jax.Array]]:
+        check_state(state, place.who)
         teachers = state.teachers
         moving, metrics = program(state.moving(), teachers, place.batch(batch))
         return dataclasses.replace(moving, teachers=teachers), metrics
@@ -106,12 +152,11 @@ def side_by_side(
     optimizers: Sequence[tuple[Any, Any]],
     *,
     place: Place,
-    who: str,
     taught_by: Callable[[State], Sequence[Any]] | None = None,
     after: Callable[[State, State], dict[str, Any]] | None = None,
     prepared: Callable[[Any, Any], Any] | None = None,
-) -> Scheme:
-    """Returns the scheme in which every student descends its own loss on the same batch.
+) -> tuple[Callable[..., State], Callable[..., tuple[State, dict[str, jax.Array]]]]:
+    """Returns how every student descends its own loss on the same batch.
 
     Args:
       students: what is trained.
@@ -120,91 +165,88 @@ def side_by_side(
       others: from the number of a student, and what all students (without derivatives) and
         teachers show, to what its loss gets as its second argument.
       optimizers: of each student, for parameters and heads.
-      place: where arrays lie.
-      who: the public function, for messages.
+      place: where arrays lie; it knows the public function's name.
       taught_by: from the state to the parameters of the teachers; default: those it holds.
       after: from the states before and after a step to what the scheme keeps.
-      prepared: from teachers' parameters and a batch to what takes the batch's place.
+      prepared: from teachers' parameters and a batch to what networks read in its place.
 
     Returns:
-      ``(init, step)`` over lists of students.
+      ``init`` over lists, and ``advance(state, batch)``, not compiled yet.
     """
+    who = place.who
+    for loss in losses:
+        check_loss(loss, who)
 
     def advance(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        batch = batch if prepared is None else prepared(state.teachers, batch)
+        read = batch if prepared is None else prepared(state.teachers, batch)
         key = jax.random.fold_in(state.key, state.step)
         masters = state.teachers if taught_by is None else taught_by(state)
-        fixed = [n.look(p, batch) for n, p in zip(teachers, masters, strict=True)]
+        fixed = [n.look(p, read) for n, p in zip(teachers, masters, strict=True)]
 
         def total(trained: Any) -> Any:
             seen = []
             for i, (n, (t, heads), rest, memory) in enumerate(
                 zip(students, trained, state.rest, state.memories, strict=True)
             ):
-                look = n.look(combine(t, rest), batch, learn=True)
+                look = n.look(combine(t, rest), read, learn=True)
                 more = {"heads": heads, "memory": memory, "step": state.step}
                 more["key"] = jax.random.fold_in(key, i)
                 seen.append(dataclasses.replace(look, **more))
             still = [Seen(*jax.lax.stop_gradient((s.out, s.taps))) for s in seen]
             found = [
-                split_loss(loss(s, others(i, still, fixed), batch), who)
+                split_loss(loss(s, others(i, still, fixed), batch), who, s.memory)
                 for i, (loss, s) in enumerate(zip(losses, seen, strict=True))
             ]
-            values = [value for value, _, _ in found]
-            # A loss that returns none keeps the one it has.
-            memories = [
-                old if new is None else new
-                for (_, _, new), old in zip(found, state.memories, strict=True)
-            ]
-            return sum(values), (
-                [{"loss": value, **metrics} for value, metrics, _ in found],
-                [s.new for s in seen],
-                memories,
-            )
+            return sum(value for value, _, _ in found), (found, [s.new for s in seen])
 
-        grads, (metrics, new, memories) = jax.grad(total, has_aux=True)(state.trained)
+        grads, (found, new) = jax.grad(total, has_aux=True)(state.trained)
         moved = [
             descend(*parts)
-            for parts in zip(optimizers, grads, state.opt, state.trained, strict=True)
+            for parts in zip(
+                optimizers, grads, state.opt, state.trained, [f[0] for f in found], strict=True
+            )
         ]
         trained = tuple(t for t, _ in moved)
-        rest = [taken_over(t, r, n) for (t, _), r, n in zip(trained, state.rest, new, strict=True)]
-        after_step = dataclasses.replace(
+        rest = [
+            taken_over(network, t, r, n)
+            for network, (t, _), r, n in zip(students, trained, state.rest, new, strict=True)
+        ]
+        done = dataclasses.replace(
             state,
             trained=trained,
             rest=tuple(rest),
             opt=tuple(o for _, o in moved),
-            memories=tuple(memories),
+            memories=tuple(memory for _, _, memory in found),
             step=state.step + 1,
         )
         if after is not None:
-            after_step = dataclasses.replace(after_step, kept=after(state, after_step))
-        return after_step, _stacked(metrics)
+            done = dataclasses.replace(done, kept=after(state, done))
+        return done, _stacked([{"loss": value, **metrics} for value, metrics, _ in found])
 
     def init(
-        students: Any,
-        teachers: Any = (),
+        students_params: Sequence[Any],
+        teachers_params: Sequence[Any] = (),
         *,
-        heads: Any = None,
-        memories: Any = None,
+        heads: Sequence[Any] | None = None,
+        memories: Sequence[Any] | None = None,
         kept: dict[str, Any] | None = None,
         key: jax.Array | None = None,
     ) -> State:
-        heads = [None] * len(students) if heads is None else heads
-        memories = [None] * len(students) if memories is None else memories
+        none = [None] * len(students)
         state = begin(
             students,
-            teachers,
+            students_params,
+            teachers_params,
             optimizers,
-            heads=heads,
-            memories=memories,
+            heads=none if heads is None else heads,
+            memories=none if memories is None else memories,
             kept=kept,
             key=key,
             who=who,
         )
         return place.state(state)
 
-    return Scheme(init, compiled(advance, place))
+    return init, advance
 
 
 def _stacked(metrics: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

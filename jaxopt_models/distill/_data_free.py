@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from .._options import whole
 from .._partition import combine
-from ._core import Loss, compiled, descend, pairs, split_loss
+from ._core import Loss, check_loss, compiled, descend, pairs, side_by_side, split_loss
 from ._generators import generated
 from ._inversion import Inversions
 from ._network import as_network
 from ._place import Place
-from ._state import Scheme, State, begin, taken_over
+from ._state import Scheme, State, check_floating
 
 
 def data_free(
@@ -36,7 +36,7 @@ def data_free(
     classes: int | None = None,
     student_steps: int = 5,
     generator_steps: int = 1,
-    memory: int = 0,
+    inversions: int = 0,
     heads_optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
     axis: str = "data",
@@ -48,12 +48,12 @@ def data_free(
     * ``generator_steps`` times the generator `G` descends ``generator_loss`` on
       `x = G(z, y)` with fresh noise `z` and, where ``classes`` are given, labels `y`;
     * ``student_steps`` times the student descends ``loss`` on fresh `G(z, y)`, the generator
-      fixed. With a memory, half of each batch are images from earlier steps.
+      fixed. With ``inversions`` half of each batch is drawn from the images that were made last.
 
     Both losses are of `(student, teacher, batch)`, the batch being `(x, y)` or `(x, None)`. With
     :func:`disagreement` for the loss and minus that for the generator this is DFAD; with
     :func:`one_hot`, :func:`information_entropy` and :func:`activation` for the generator DAFL;
-    :func:`batchnorm_statistics` on the teacher's taps and the memory are those of CMI.
+    :func:`batchnorm_statistics` on the teacher's taps and ``inversions`` are those of CMI.
 
     Args:
       student: function `(params, x) -> out`, or a :class:`Network`.
@@ -69,7 +69,7 @@ def data_free(
       classes: number of classes, drawn uniformly; ``None`` for no labels.
       student_steps: of the student in each step; the program grows with it.
       generator_steps: of the generator in each step.
-      memory: number of generated images that are kept; 0 for none.
+      inversions: number of generated images that are kept; 0 for none.
       heads_optimizer: another one for heads; default: the same.
       mesh: devices over which generated batches are divided.
       axis: the axis of the mesh that divides them.
@@ -77,8 +77,10 @@ def data_free(
     Returns:
       ``(init, step)``: ``init(student_params, teacher_params, generator_params, *, heads=None,
       memory=None, key=None)``, and ``step(state)``: there is no batch. Metrics are the means over
-      the inner steps, ``loss`` the student's, ``generator`` the generator's. The generator's
-      parameters are ``state.kept["generator"]``, its memory ``state.kept["inversions"]``.
+      the inner steps: ``loss`` and those of it are the student's, ``generator`` and
+      ``generator/...`` the generator's. The generator's parameters are
+      ``state.kept["generator"]``, the images ``state.kept["inversions"]``. The student's optimizer
+      makes ``student_steps`` updates a step, which its schedules count.
 
     Raises:
       TypeError, ValueError: as :func:`teacher_student`; for numbers out of range.
@@ -106,18 +108,26 @@ def data_free(
       <https://arxiv.org/abs/2105.08584>`_, 2021
     """
     who = "data_free"
+    check_loss(generator_loss, who, "generator_loss")
     network, master = as_network(student, who, "student"), as_network(teacher, who, "teacher")
     batch, noise = whole(batch, f"{who}: batch", least=2), whole(noise, f"{who}: noise", least=1)
     student_steps = whole(student_steps, f"{who}: student_steps", least=1)
     generator_steps = whole(generator_steps, f"{who}: generator_steps", least=0)
-    room = whole(memory, f"{who}: memory", least=0)
+    room = whole(inversions, f"{who}: inversions", least=0)
     if room and room < batch:
-        raise ValueError(f"{who}: memory={room} holds less than a batch of {batch}; or give 0")
+        raise ValueError(f"{who}: inversions={room} are less than a batch of {batch}; or give 0")
     if classes is not None:
         classes = whole(classes, f"{who}: classes", least=2)
     place = Place(mesh, axis, who)
-    optimizers = pairs(optimizer, heads_optimizer, 1, who)
-    generator_txs = pairs(generator_optimizer, None, 1, who)[0]
+    generator_txs = pairs(generator_optimizer, None, 1, who)[0][:1]
+    start, taught = side_by_side(
+        [network],
+        [master],
+        [loss],
+        lambda i, students, fixed: fixed[0],
+        pairs(optimizer, heads_optimizer, 1, who),
+        place=place,
+    )
 
     def imagine(params: Any, key: jax.Array, count: int = batch) -> tuple[jax.Array, Any]:
         a, b = jax.random.split(key)
@@ -125,30 +135,27 @@ def data_free(
         y = None if classes is None else jax.random.randint(b, (count,), 0, classes)
         return place.inside(generator(params, z, y)), y
 
-    def both(
-        state: State, masters: Any, trained: Any, batch: Any, key: jax.Array, *, learn: bool
-    ) -> Any:
-        t, heads = trained
-        seen = network.look(combine(t, state.rest[0]), batch, learn=True)
-        seen = dataclasses.replace(seen, heads=heads, memory=state.memory, step=state.step, key=key)
-        return seen, master.look(masters[0], batch, learn=learn)
-
     def imagine_better(masters: Any, state: State, key: jax.Array) -> tuple[State, Any]:
+        a, b = jax.random.split(key)
+
         def of(params: Any) -> Any:
-            made = imagine(params, key)
-            seen, shown = both(state, masters, state.trained[0], made, key, learn=True)
-            value, metrics, _ = split_loss(generator_loss(seen, shown, made), who)
-            return value, {"generator": value, **metrics}
+            made = imagine(params, a)
+            t, heads = state.trained[0]
+            seen = network.look(combine(t, state.rest[0]), made, learn=True)
+            more = {"heads": heads, "memory": state.memory, "step": state.step, "key": b}
+            shown = master.look(masters[0], made, learn=True)
+            found = generator_loss(dataclasses.replace(seen, **more), shown, made)
+            value, metrics, _ = split_loss(found, who, state.memory)
+            return value, {f"generator/{name}": m for name, m in metrics.items()}
 
         params, opt = state.kept["generator"], state.kept["generator_opt"]
-        grads, metrics = jax.grad(of, has_aux=True)(params)
-        new, opt = descend(generator_txs[:1], (grads,), (opt,), (params,))
+        (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(params)
+        new, opt = descend(generator_txs, (grads,), (opt,), (params,), value)
         kept = state.kept | {"generator": new[0], "generator_opt": opt[0]}
-        return dataclasses.replace(state, kept=kept), metrics
+        return dataclasses.replace(state, kept=kept), {"generator": value, **metrics}
 
     def learn(masters: Any, state: State, key: jax.Array) -> tuple[State, Any]:
-        keys = jax.random.split(key, 3)
-        kept = state.kept
+        keys, kept = jax.random.split(key, 3), state.kept
         x, y = imagine(kept["generator"], keys[0], batch - batch // 2 if room else batch)
         if room:
             new = {"images": x} if y is None else {"images": x, "labels": y}
@@ -158,28 +165,12 @@ def data_free(
             x = jnp.concatenate([x, old["images"]])
             y = None if y is None else jnp.concatenate([y, old["labels"]])
             kept = kept | {"inversions": rings}
-        made = jax.lax.stop_gradient((x, y))
+        now = dataclasses.replace(state, teachers=masters, kept=kept, key=keys[2])
+        done, metrics = taught(now, jax.lax.stop_gradient((x, y)))
+        return dataclasses.replace(done.moving(), key=state.key, step=state.step), metrics
 
-        def of(trained: Any) -> Any:
-            seen, shown = both(state, masters, trained, made, keys[2], learn=False)
-            value, metrics, memory = split_loss(loss(seen, shown, made), who)
-            memory = state.memory if memory is None else memory
-            return value, ({"loss": value, **metrics}, seen.new, memory)
-
-        grads, (metrics, new, memory) = jax.grad(of, has_aux=True)(state.trained[0])
-        trained, opt = descend(optimizers[0], grads, state.opt[0], state.trained[0])
-        after = dataclasses.replace(
-            state,
-            trained=(trained,),
-            rest=(taken_over(trained[0], state.rest[0], new),),
-            opt=(opt,),
-            memories=(memory,),
-            kept=kept,
-        )
-        return after, metrics
-
-    def advance(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        if batch is not None:
+    def advance(state: State, given: Any) -> tuple[State, dict[str, jax.Array]]:
+        if given is not None:
             raise TypeError("data_free: step(state) takes no batch; the generator makes them")
         key = jax.random.fold_in(state.key, state.step)
         # Apart from the state, so that no loop carries them.
@@ -199,28 +190,25 @@ def data_free(
     def init(
         student: Any,
         teacher: Any,
-        generator: Any,
+        generator_params: Any,
         *,
         heads: Any = None,
         memory: Any = None,
         key: Any = None,
     ) -> State:
-        kept = {"generator": generator, "generator_opt": generator_txs[0].init(generator)}
+        check_floating(generator_params, f"{who}: generator_params")
+        told = generator_params.get("classes") if generator is generated else None
+        if told is not None and classes is not None and len(told) != classes:
+            raise ValueError(
+                f"{who}: classes={classes}, but the generator was made for {len(told)}"
+            )
+        kept = {"generator": generator_params}
+        kept["generator_opt"] = generator_txs[0].init(generator_params)
         if room:
-            x, y = jax.eval_shape(imagine, generator, jax.random.key(0))
+            x, y = jax.eval_shape(imagine, generator_params, jax.random.key(0))
             kept["inversions"] = {"images": Inversions.empty(room, x.shape[1:], dtype=x.dtype)}
             if y is not None:
                 kept["inversions"]["labels"] = Inversions.empty(room, (), dtype=y.dtype)
-        state = begin(
-            [student],
-            [teacher],
-            optimizers,
-            heads=[heads],
-            memories=[memory],
-            kept=kept,
-            key=key,
-            who=who,
-        )
-        return place.state(state)
+        return start([student], [teacher], heads=[heads], memories=[memory], kept=kept, key=key)
 
     return Scheme(init, compiled(advance, place))

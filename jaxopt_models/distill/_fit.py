@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +18,7 @@ from .._loop import Replay, loop
 from .._options import whole
 from .._resume import Checkpoints, digest
 from .._table import Table
-from ._state import State
+from ._state import State, check_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +107,12 @@ def fit(
         iterable that can be iterated again, such as a list or a Grain data set; ``None`` for
         :func:`data_free`.
       steps: number of steps in all; a state that has done some already does the rest.
-      evaluate: from the state to a score, larger is better, such as accuracy on a validation
-        split. It must not keep the state, whose memory the next step uses.
+      evaluate: from the state to a finite score, larger is better, such as accuracy on a
+        validation split. It must not keep the state, whose memory the next step uses.
       every: steps between two rows of the history, and evaluations; 0: a twentieth of all.
       patience: evaluations without a better score after which to stop; ``None`` for never.
-      checkpoint: folder for checkpoints; one of another run (other parameters, teachers or
-        numbers) is refused.
+      checkpoint: folder for checkpoints; one of another run (other parameters, teachers, numbers,
+        program or version of JAX) is refused. That batches are the same is up to the caller.
       save_every: steps between two checkpoints; others follow the last step, and Ctrl-C.
       progress: show a bar.
       title: of the bar.
@@ -119,7 +121,9 @@ def fit(
       :class:`Fitted`.
 
     Raises:
-      FloatingPointError: if a metric is not finite; the last checkpoint stands.
+      FloatingPointError: if a metric, a parameter or a score is not finite; the last checkpoint
+        stands.
+      TypeError: for a step or a state that is none.
       ValueError: for numbers out of range, patience without ``evaluate``, a checkpoint of another
         run, or batches that end and cannot be iterated again.
 
@@ -141,15 +145,33 @@ def fit(
         patience = whole(patience, "fit: patience", least=1)
         if evaluate is None:
             raise ValueError("fit: patience= without evaluate=; give a score to be patient about")
-    identity = {"state": digest(state), "steps": str(steps), "every": str(every)}
-    identity["patience"] = str(patience)
+    if not callable(step):
+        raise TypeError(f"fit: step is {type(step).__name__}; pass the step of a scheme")
+    check_state(state, "fit")
     if batches is None:
         at = lambda step: None  # noqa: E731
     else:
-        at = batches if callable(batches) else Replay(batches, "fit")
+        at = _once(batches if callable(batches) else Replay(batches, "fit"))
+    # A copy, since steps give up their state, and fit may be called again after Ctrl-C.
+    state = dataclasses.replace(jax.tree.map(jnp.copy, state.moving()), teachers=state.teachers)
+    first = at(min(int(state.step), steps - 1))
+    program, shapes = jax.make_jaxpr(step, return_shape=True)(state, first)
+    columns = _columns(shapes[1])
+    identity = {}
+    if checkpoint is not None:
+        identity = {
+            "state": digest(state),
+            "program": _checksum(program),
+            "jax": jax.__version__,
+            "metrics": " ".join(columns),
+            "evaluate": str(evaluate is not None),
+            "steps": str(steps),
+            "every": str(every),
+            "patience": str(patience),
+        }
     with Checkpoints(checkpoint, identity) as checkpoints:
-        run = _Run(step, state, at, steps, every, evaluate, patience, checkpoints)
-        if not run.stopped:
+        run = _Run(state, sorted(shapes[1]), columns, steps, every, evaluate, patience, checkpoints)
+        if not run.enough:
             run.state = loop(
                 step,
                 run.state,
@@ -165,45 +187,75 @@ def fit(
     return run.result()
 
 
+def _once(batches: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Returns batches of which the last one is kept: its shapes are looked at before its step."""
+    kept: dict[int, Any] = {}
+
+    def at(step: int) -> Any:
+        if step not in kept:
+            batch = batches(step)
+            kept.clear()
+            kept[step] = batch
+        return kept[step]
+
+    return at
+
+
+def _columns(shapes: dict[str, Any]) -> list[str]:
+    """Returns the names of all numbers of the metrics; of several students one each."""
+    return [
+        f"{name}/{i}" if shapes[name].shape else name
+        for name in sorted(shapes)
+        for i in range(math.prod(shapes[name].shape))
+    ]
+
+
+def _checksum(program: Any) -> str:
+    # Functions are printed with their addresses, which are others in each process.
+    text = re.sub(r"0x[0-9a-f]+", "", str(program))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+@jax.jit
+def _finite(trained: Any) -> jax.Array:
+    parts = [jnp.all(jnp.isfinite(x.astype(jnp.float32))) for x in jax.tree.leaves(trained)]
+    return jnp.all(jnp.stack(parts))
+
+
 class _Run:
     """What one call of :func:`fit` has found so far: rows, scores, the best state."""
 
     def __init__(
         self,
-        step: Any,
         state: State,
-        batches: Callable[[int], Any],
+        order: list[str],
+        columns: list[str],
         steps: int,
         every: int,
         evaluate: Any,
         patience: int | None,
         checkpoints: Checkpoints,
     ):
+        self.order, self.columns = order, columns
         self.every, self.steps, self.evaluate, self.patience = every, steps, evaluate, patience
         self.checkpoints, self.teachers = checkpoints, state.teachers
-        shapes = jax.eval_shape(step, state, batches(min(int(state.step), steps - 1)))[1]
-        # The loss first; of several students one column each.
-        self.order = sorted(shapes, key=lambda name: (name != "loss", name))
-        self.columns = [
-            f"{name}/{i}" if shapes[name].shape else name
-            for name in self.order
-            for i in range(math.prod(shapes[name].shape))
-        ]
         self.pending: list[dict[str, jax.Array]] = []
-        empty = np.full((-(-steps // every), len(self.columns) + 2), np.nan)
         start = _Saved(
             state.moving(),
             None if evaluate is None else state.moving(),
-            empty,
-            np.zeros(len(self.columns) + 1),
+            np.full((-(-steps // every), len(columns) + 2), np.nan),
+            np.zeros(len(columns) + 1),
         )
         saved = checkpoints.restore("fit", start)
         self.rows, self.sums = np.array(saved.rows), np.array(saved.sums)
         self.best = None if self._scored() is None else saved.best
         self.state = state if saved is start else self._whole(saved.state)
+        # Ctrl-C during an evaluation leaves a step without its row.
+        if self.sums[-1] and self._due(int(self.state.step)):
+            self._row(int(self.state.step), self.state)
 
     @property
-    def stopped(self) -> bool:
+    def enough(self) -> bool:
         """Whether so many scores brought nothing better that it is to stop."""
         best = self._scored()
         if self.patience is None or best is None:
@@ -213,21 +265,16 @@ class _Run:
     def each(self, done: int, state: State, found: dict[str, jax.Array]) -> bool:
         """Takes what a step found; says whether to stop."""
         self.pending.append(found)
-        if done % self.every and done != self.steps:
+        if not self._due(done):
             return False
-        self._collect(done)
-        means, self.sums = self.sums[:-1] / self.sums[-1], np.zeros_like(self.sums)
-        at, before = len(self._done()), self._scored()
-        score = np.nan if self.evaluate is None else float(self.evaluate(state))
-        self.rows[at] = [done, *means, score]
-        if self._scored() == at and before != at:
-            # A copy, since the next step uses the memory of this one.
-            self.best = jax.tree.map(jnp.copy, state.moving())
-        return self.stopped
+        self._row(done, state)
+        return self.enough
 
     def save(self, state: State) -> None:
-        """Keeps everything, unless a metric is not finite."""
+        """Keeps everything, unless a metric or a parameter is not finite."""
         self._collect(int(state.step))
+        if not _finite(state.trained):
+            self._refuse("a trained parameter", int(state.step))
         best = state.moving() if self.best is None else self.best
         best = None if self.evaluate is None else best
         self.checkpoints.save("fit", _Saved(state.moving(), best, self.rows, self.sums))
@@ -235,24 +282,48 @@ class _Run:
     def result(self) -> Fitted:
         """Returns what :func:`fit` returns."""
         scored = self.evaluate is not None
-        rows = [(int(r[0]), *map(float, r[1 : None if scored else -1])) for r in self._done()]
-        columns = ("step", *self.columns, *(("score",) if scored else ()))
+        # The loss first.
+        at = sorted(range(len(self.columns)), key=lambda i: self.columns[i].split("/")[0] != "loss")
+        rows = [
+            (int(r[0]), *(float(r[1 + i]) for i in at), *([float(r[-1])] if scored else []))
+            for r in self._done()
+        ]
+        columns = ("step", *(self.columns[i] for i in at), *(("score",) if scored else ()))
         table = Table(columns, rows, title="history")
         best = self.state if self.best is None else self._whole(self.best)
-        return Fitted(self.state, best, table, self.stopped)
+        stopped = self.enough and int(self.state.step) < self.steps
+        return Fitted(self.state, best, table, stopped)
+
+    def _due(self, done: int) -> bool:
+        return done > 0 and (done % self.every == 0 or done == self.steps)
+
+    def _row(self, done: int, state: State) -> None:
+        self._collect(done)
+        score = np.nan if self.evaluate is None else float(self.evaluate(state))
+        if self.evaluate is not None and not np.isfinite(score):
+            raise FloatingPointError(f"fit: evaluate returned {score} after step {done}")
+        at = len(self._done())
+        before = self._scored()
+        self.rows[at] = [done, *(self.sums[:-1] / self.sums[-1]), score]
+        self.sums = np.zeros_like(self.sums)
+        if self._scored() != before:
+            # A copy, since the next step uses the memory of this one.
+            self.best = jax.tree.map(jnp.copy, state.moving())
 
     def _collect(self, done: int) -> None:
         for found in jax.device_get(self.pending):
             values = [np.ravel(found[name]) for name in self.order]
             self.sums += [*np.concatenate(values), 1.0] if values else [1.0]
         self.pending = []
-        if wrong := [
-            n for n, v in zip(self.columns, self.sums, strict=False) if not np.isfinite(v)
-        ]:
-            raise FloatingPointError(
-                f"fit: {wrong[0]} was not finite before step {done}; try a smaller rate, or "
-                "optax.clip_by_global_norm before the optimizer. The last checkpoint stands"
-            )
+        for name, value in zip(self.columns, self.sums, strict=False):
+            if not np.isfinite(value):
+                self._refuse(name, done)
+
+    def _refuse(self, what: str, done: int) -> None:
+        raise FloatingPointError(
+            f"fit: {what} was not finite in step {done} or shortly before; try a smaller rate, or "
+            "optax.clip_by_global_norm before the optimizer. The last checkpoint stands"
+        )
 
     def _done(self) -> np.ndarray:
         return self.rows[np.isfinite(self.rows[:, 0])]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from .._accelerate import accelerate, simulate
-from .._encoded import is_encoded
-from .._taps import taps as tapped
+from .._taps import tapped
 
 
 def first(batch: Any) -> Any:
@@ -41,6 +41,9 @@ class Network:
       taps: names of values inside that losses see, as for :func:`jaxopt_models.taps`.
       stateful: ``fn`` returns `(out, new_params)`, as ``functional(..., mutable=True)`` makes it;
         batch statistics and counters are taken over from there while it is trained.
+      fixed: regular expression on whole paths of floating leaves that are not trained, such as
+        embeddings; of a stateful function they are state, too, and are taken over. Collections of
+        linen's layers and nnx variables that are no parameters are known without it.
 
     Raises:
       TypeError: if ``fn`` or ``inputs`` is no function, or ``taps`` no names.
@@ -58,8 +61,14 @@ class Network:
     inputs: Callable[[Any], Any] = first
     taps: Sequence[str] = ()
     stateful: bool = False
+    fixed: str | None = None
 
     def __post_init__(self) -> None:
+        if is_module(self.fn):
+            raise TypeError(
+                f"Network: fn is the module {type(self.fn).__name__}; make a function of it: "
+                "fn, params = jaxopt_models.functional(module), or (module, variables) of linen"
+            )
         for name in ("fn", "inputs"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Network: {name}={getattr(self, name)!r:.80} is no function")
@@ -97,7 +106,7 @@ class Network:
 
     def _run(self, learn: bool) -> Callable[..., Any]:
         if self.taps:
-            return tapped(self.fn, self.taps)
+            return tapped(self.fn, self.taps, kernels=not learn)
         run = (simulate if learn else accelerate)(self.fn)
         return lambda *args: (run(*args), {})
 
@@ -136,7 +145,7 @@ def as_network(network: Any, who: str, name: str) -> Network:
     """
     if isinstance(network, Network):
         return network
-    if callable(network):
+    if callable(network) or is_module(network):
         return Network(network)
     raise TypeError(
         f"{who}: {name} is {type(network).__name__}; give a function (params, x) -> out, or a "
@@ -144,6 +153,7 @@ def as_network(network: Any, who: str, name: str) -> Network:
     )
 
 
-def compressed(tree: Any) -> bool:
-    """Says whether a tree holds an encoded leaf."""
-    return any(map(is_encoded, jax.tree.leaves(tree, is_leaf=is_encoded)))
+def is_module(x: Any) -> bool:
+    """Says whether something is a module of Flax, which is callable, but no function."""
+    kinds = [getattr(sys.modules.get(n), "Module", None) for n in ("flax.linen", "flax.nnx")]
+    return isinstance(x, tuple(kind for kind in kinds if kind is not None))

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._state import State
 
@@ -14,6 +14,9 @@ from ._state import State
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Data parallelism: batches are divided over a mesh axis, all else is on every device.
+
+    XLA decides where intermediate arrays lie (Auto axes), whatever kind of axes the mesh has:
+    losses compare examples with one another, which Explicit axes would have to be told about.
 
     Args:
       mesh: the devices; ``None`` for wherever JAX puts arrays.
@@ -26,10 +29,18 @@ class Place:
     who: str
 
     def __post_init__(self) -> None:
-        if self.mesh is not None and self.axis not in self.mesh.axis_names:
-            raise ValueError(
-                f"{self.who}: axis={self.axis!r} is none of the mesh's {self.mesh.axis_names}"
+        if self.mesh is None:
+            return
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(
+                f"{self.who}: mesh is {type(self.mesh).__name__}; give a Mesh, such as "
+                "jax.make_mesh((8,), ('data',))"
             )
+        names = self.mesh.axis_names
+        if self.axis not in names:
+            raise ValueError(f"{self.who}: axis={self.axis!r} is none of the mesh's {names}")
+        auto = (AxisType.Auto,) * len(names)
+        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, names, axis_types=auto))
 
     def state(self, state: State) -> State:
         """Returns a state on the devices; parameters that lie on the mesh already stay."""
@@ -37,10 +48,10 @@ class Place:
             return state
 
         def put(x: Any) -> Any:
-            sharding = getattr(x, "sharding", None)
-            if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
-                return x
-            return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
+            sharding, spec = getattr(x, "sharding", None), PartitionSpec()
+            if isinstance(sharding, NamedSharding) and _same(sharding.mesh, self.mesh):
+                spec = sharding.spec
+            return jax.device_put(x, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(put, state)
 
@@ -73,3 +84,8 @@ class Place:
         return jax.lax.with_sharding_constraint(
             x, NamedSharding(self.mesh, PartitionSpec(self.axis))
         )
+
+
+def _same(a: Any, b: Mesh) -> bool:
+    """Says whether meshes are the same but for the kinds of their axes."""
+    return a.axis_names == b.axis_names and a.devices.tolist() == b.devices.tolist()

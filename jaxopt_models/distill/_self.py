@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from .._options import number, portion
 from .._partition import combine
 from ._classification import second
-from ._core import Loss, pairs, side_by_side
+from ._core import Loss, compiled, pairs, side_by_side
 from ._heads import project, projection
 from ._labels import cross_entropy
 from ._network import Network, Seen, as_network
@@ -80,11 +80,14 @@ def self_taught(
     master = network if teacher is None else as_network(teacher, who, "teacher")
     decay = None if decay is None else portion(decay, "self_taught: decay")
 
+    if teacher is not None and decay is None:
+        raise ValueError("self_taught: teacher= is how the average is run; give decay=, too")
+
     def average(before: State, after: State) -> dict[str, Any]:
         if decay is None:
             return {}
         new = jax.tree.map(
-            lambda a, b: a + (1 - decay) * (b - a).astype(a.dtype),
+            lambda a, b: a + (1 - decay) * (b.astype(a.dtype) - a),
             before.kept["average"],
             after.trained[0][0],
         )
@@ -93,37 +96,59 @@ def self_taught(
     def others(i: int, shown: Any, fixed: Any) -> Any:
         return fixed[0] if fixed else None
 
-    scheme = side_by_side(
+    place = Place(mesh, axis, who)
+    begin, advance = side_by_side(
         [network],
         [] if decay is None else [master],
         [loss],
         others,
         pairs(optimizer, heads_optimizer, 1, who),
-        place=Place(mesh, axis, who),
-        who=who,
+        place=place,
         taught_by=None if decay is None else lambda state: [averaged(state)],
         after=average,
     )
 
     def init(params: Any, *, heads: Any = None, memory: Any = None, key: Any = None) -> State:
-        state = scheme.init([params], heads=[heads], memories=[memory], key=key)
+        state = begin([params], heads=[heads], memories=[memory], key=key)
         if decay is None:
             return state
-        average = jax.tree.map(jnp.copy, state.trained[0][0])
+        # In float32: an average of narrower numbers stands still when its steps are small.
+        average = jax.tree.map(_wide, state.trained[0][0])
         return dataclasses.replace(state, kept={"average": average})
 
-    return Scheme(init, scheme.step)
+    return Scheme(init, compiled(advance, place))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def averaged(state: State) -> Any:
     """Returns the moving average that :func:`self_taught` keeps, as a tree of parameters.
 
+    Args:
+      state: of a scheme with ``decay``.
+
+    Returns:
+      Parameters in the form and the dtypes of the student's; what is not trained is the student's.
+
     Raises:
       ValueError: if the state holds none.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxopt_models import distill
+      >>> loss = lambda student, teacher, batch: jnp.mean(student.out)
+      >>> init, _ = distill.self_taught(lambda p, x: x @ p, loss, optax.sgd(0.1), decay=0.9)
+      >>> distill.averaged(init(jnp.ones((2, 1)))).tolist()
+      [[1.0], [1.0]]
     """
     if "average" not in state.kept:
         raise ValueError("averaged: this state keeps no average; self_taught(..., decay=0.999)")
-    return combine(state.kept["average"], state.rest[0])
+    average = jax.tree.map(
+        lambda a, b: a.astype(b.dtype), state.kept["average"], state.trained[0][0]
+    )
+    return combine(average, state.rest[0])
 
 
 def deep_supervision(
@@ -151,6 +176,20 @@ def deep_supervision(
 
     Returns:
       The loss, for :func:`self_taught`; metrics ``last`` and ``early``.
+
+    Raises:
+      ValueError: from a step, if heads and taps are not of the same names.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxopt_models import distill
+      >>> net = distill.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], taps=["a"])
+      >>> params = {"a": jnp.ones((2, 5)), "b": jnp.ones((5, 3))}
+      >>> batch = jnp.ones((4, 2)), jnp.array([0, 1, 2, 0])
+      >>> heads = distill.deep_supervision_heads(jax.random.key(0), net, params, batch)
+      >>> init, step = distill.self_taught(net, distill.deep_supervision(), optax.sgd(0.1))
+      >>> sorted(step(init(params, heads=heads), batch)[1])
+      ['early', 'last', 'loss']
 
     References:
       Zhang et al., `Be Your Own Teacher <https://arxiv.org/abs/1905.08094>`_, 2019
@@ -191,9 +230,26 @@ def deep_supervision_heads(
 
     Returns:
       ``{tap: head}``, each of as many classes as the network has.
+
+    Raises:
+      ValueError: for a network without taps.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_models import distill
+      >>> net = distill.Network(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], taps=["a"])
+      >>> params = {"a": jnp.ones((2, 5)), "b": jnp.ones((5, 3))}
+      >>> heads = distill.deep_supervision_heads(jax.random.key(0), net, params, jnp.ones((1, 2)))
+      >>> heads["a"]["kernel"].shape
+      (5, 3)
     """
+    if not isinstance(network, Network) or not network.taps:
+        raise ValueError(
+            "deep_supervision_heads: the network has no taps; name the layers that get a head: "
+            "distill.Network(fn, taps=['stage1'])"
+        )
     seen = jax.eval_shape(network.look, params, batch)
-    keys = jax.random.split(key, max(len(seen.taps), 1))
+    keys = jax.random.split(key, len(seen.taps))
     classes = seen.out.shape[-1]
     return {
         name: projection(k, x.shape[-1], classes)

@@ -8,11 +8,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ._core import Loss, pairs, side_by_side
+from ._core import Loss, compiled, pairs, side_by_side
 from ._features import reconstruction
 from ._network import Network, Seen, as_network
 from ._place import Place
 from ._state import Scheme, State
+from ._teach import listed
 
 
 def layerwise(
@@ -67,6 +68,11 @@ def layerwise(
             "give as many"
         )
     masters = [as_network(t, who, f"teacher stage {i}") for i, t in enumerate(teachers)]
+    if tapped := [i for i, network in enumerate(masters) if network.taps]:
+        raise ValueError(
+            f"layerwise: teacher stage {tapped[0]} has taps, but a stage's loss sees what the "
+            "teacher's stage returns alone; use teacher_student with taps and reconstruction"
+        )
     stages = [
         dataclasses.replace(as_network(s, who, f"student stage {i}"), inputs=_entry(i))
         for i, s in enumerate(students)
@@ -83,24 +89,23 @@ def layerwise(
     def imitate(student: Seen, teacher: Seen, batch: Any) -> Any:
         return reconstruction(student.out, teacher.out)
 
-    scheme = side_by_side(
+    place = Place(mesh, axis, who)
+    begin, advance = side_by_side(
         stages,
         [Network(lambda params, x: x, inputs=_entry(i + 1)) for i in range(len(stages))],
         [loss or imitate] * len(stages),
         lambda i, shown, fixed: fixed[i],
         pairs(optimizer, None, len(stages), who),
-        place=Place(mesh, axis, who),
-        who=who,
+        place=place,
         prepared=activations,
     )
 
     def init(students: Any, teachers: Any, *, key: Any = None) -> State:
-        for name, given in (("student_params", students), ("teacher_params", teachers)):
-            if not isinstance(given, (list, tuple)) or len(given) != len(stages):
-                raise ValueError(f"layerwise: {name} must be a list of {len(stages)}")
-        return scheme.init(students, teachers, heads=[None] * len(stages), key=key)
+        students = listed(students, len(stages), "student_params", who)
+        teachers = listed(teachers, len(stages), "teacher_params", who)
+        return begin(students, teachers, key=key)
 
-    return Scheme(init, scheme.step)
+    return Scheme(init, compiled(advance, place))
 
 
 def _entry(i: int) -> Any:

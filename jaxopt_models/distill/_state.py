@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from .._encoded import is_encoded
 from .._partition import combine, partition
+from .._paths import flatten
 from .._training import take_state
+from ._network import Network
 
 
 class Scheme(NamedTuple):
@@ -79,36 +81,37 @@ class State:
 
 
 def begin(
+    networks: Sequence[Network],
     students: Sequence[Any],
     teachers: Sequence[Any],
     optimizers: Sequence[tuple[Any, Any]],
     *,
     heads: Sequence[Any],
     memories: Sequence[Any],
-    kept: dict[str, Any] | None = None,
-    key: jax.Array | None = None,
+    kept: dict[str, Any] | None,
+    key: jax.Array | None,
     who: str,
 ) -> State:
     """Returns the state before the first step; the caller's arrays stay the caller's.
 
     Raises:
       TypeError: if a student has nothing to train, or heads hold codes.
+      ValueError: if a stateful function has no state.
     """
     trained, rest, opt = [], [], []
-    for i, (params, head, (tx, tx_heads)) in enumerate(
-        zip(students, heads, optimizers, strict=True)
+    for i, (network, params, head, (tx, tx_heads)) in enumerate(
+        zip(networks, students, heads, optimizers, strict=True)
     ):
-        t, r = partition(params)
+        if isinstance(params, State):
+            raise TypeError(f"{who}: student {i} is a State; pass its parameters: state.student")
+        t, r = partition(params, fixed=network.fixed)
         if not jax.tree.leaves(t):
             raise TypeError(
                 f"{who}: student {i} has no floating parameter; pass the parameters of its function"
             )
-        wrong = [x for x in jax.tree.leaves(head, is_leaf=is_encoded) if not _is_floating(x)]
-        if wrong:
-            raise TypeError(
-                f"{who}: heads hold {getattr(wrong[0], 'dtype', type(wrong[0]).__name__)}; heads "
-                "are trained, and are arrays of floats"
-            )
+        if network.stateful and network.fixed is None:
+            _check_stateful(params, f"{who}: student {i}")
+        check_floating(head, f"{who}: heads")
         trained.append((t, head))
         rest.append(r)
         opt.append((tx.init(t), tx_heads.init(head) if jax.tree.leaves(head) else None))
@@ -120,13 +123,43 @@ def begin(
     )
     # A copy, since steps give up their state and the trees belong to the caller.
     state = jax.tree.map(jnp.copy, state)
-    return dataclasses.replace(state, teachers=tuple(teachers))
+    # NumPy arrays, as files give them, would be sent to the device in each step.
+    masters = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), teachers)
+    return dataclasses.replace(state, teachers=tuple(masters))
 
 
-def _is_floating(x: Any) -> bool:
-    return hasattr(x, "dtype") and not is_encoded(x) and jnp.issubdtype(x.dtype, jnp.floating)
+def check_floating(tree: Any, name: str) -> None:
+    """Raises a `TypeError` unless a tree that is trained holds arrays of floats alone."""
+    for x in jax.tree.leaves(tree, is_leaf=is_encoded):
+        if is_encoded(x) or not jnp.issubdtype(getattr(x, "dtype", None), jnp.floating):
+            got = type(x).__name__ if is_encoded(x) else getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"{name} hold {got}; they are trained, and must be arrays of floats")
 
 
-def taken_over(trained: Any, rest: Any, new: Any) -> Any:
+def check_state(state: Any, who: str) -> None:
+    """Raises a `TypeError` unless it is a state, and a `ValueError` if it was given up."""
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{who}: state is {type(state).__name__}; a step takes what the scheme's init returned"
+        )
+    for x in jax.tree.leaves(state.moving()):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            raise ValueError(
+                f"{who}: this state was given up to an earlier step; go on with the state that "
+                "step returned, or call init again"
+            )
+
+
+def _check_stateful(params: Any, name: str) -> None:
+    leaves, _ = flatten(params)
+    if not any(p.reason for p in leaves):
+        paths = ", ".join(p.path for p in leaves)
+        raise ValueError(
+            f"{name} is stateful, but nothing in its parameters is known to be state; name it: "
+            f"distill.Network(fn, stateful=True, fixed='.*/mean'). Paths are {paths}"
+        )
+
+
+def taken_over(network: Network, trained: Any, rest: Any, new: Any) -> Any:
     """Returns the untrained half of a student with the state that its function returned."""
-    return rest if new is None else take_state(combine(trained, rest), new)
+    return rest if new is None else take_state(combine(trained, rest), new, fixed=network.fixed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 
 from ._core import Loss
 from ._fit import fit
@@ -16,7 +18,7 @@ from ._teach import teacher_student
 def succession(
     teacher: Any,
     teacher_params: Any,
-    successors: Sequence[tuple[Any, Any]],
+    successors: Sequence[tuple[Any, ...]],
     loss: Loss,
     optimizer: optax.GradientTransformation | Callable[[int], optax.GradientTransformation],
     batches: Any,
@@ -24,6 +26,10 @@ def succession(
     steps: int,
     evaluate: Callable[[Any], float] | None = None,
     every: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 1000,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     key: Any = None,
     progress: bool = True,
 ) -> list[Any]:
@@ -36,7 +42,8 @@ def succession(
     Args:
       teacher: function `(params, x) -> out`, or a :class:`Network`.
       teacher_params: its parameters.
-      successors: `(network, parameters to begin with)`, in order.
+      successors: `(network, parameters to begin with)`, in order; a third entry is how it teaches
+        the next one, if otherwise than it is trained: batch normalization in evaluation.
       loss: `(student, teacher, batch) -> value` of every generation.
       optimizer: an optax transformation, or a function from the number of the generation to one.
       batches: as for :func:`fit`; every generation begins with the first.
@@ -44,6 +51,10 @@ def succession(
       evaluate: from a student's parameters to a score; with ``every`` the best of a generation
         is kept and teaches the next.
       every: steps between two evaluations.
+      checkpoint: folder for checkpoints, one below it for each generation, as for :func:`fit`.
+      save_every: steps between two checkpoints.
+      mesh: devices over which batches are divided.
+      axis: the axis of the mesh that divides them.
       key: random key.
       progress: show a bar.
 
@@ -51,7 +62,7 @@ def succession(
       The trained parameters of each generation.
 
     Raises:
-      ValueError: for no successors.
+      ValueError: for no successors, or a stateful one that is not told how it teaches.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -75,24 +86,36 @@ def succession(
         raise ValueError("succession: no successors; give [(network, parameters), ...]")
     master, params, found = as_network(teacher, who, "teacher"), teacher_params, []
     schemes: dict[Any, Any] = {}
-    for i, (student, start) in enumerate(successors):
+    for i, (student, start, *teaching) in enumerate(successors):
         network = as_network(student, who, f"successor {i}")
-        fixed = hasattr(optimizer, "update")
-        if (pair := (network, master)) not in schemes or not fixed:
-            tx = optimizer if fixed else optimizer(i)  # type: ignore[operator]
-            schemes[pair] = teacher_student(network, master, loss, tx)
-        state = schemes[pair].init(start, params, key=key)
+        if network.stateful and not teaching and i + 1 < len(successors):
+            raise ValueError(
+                f"succession: successor {i} is stateful and teaches the next one; add how it "
+                "computes in evaluation: (network, parameters, evaluation network)"
+            )
+        if hasattr(optimizer, "update"):
+            # Generations of the same networks share one program.
+            if (network, master) not in schemes:
+                schemes[network, master] = teacher_student(
+                    network, master, loss, optimizer, mesh=mesh, axis=axis
+                )
+            scheme = schemes[network, master]
+        else:
+            scheme = teacher_student(network, master, loss, optimizer(i), mesh=mesh, axis=axis)
         score = None if evaluate is None else lambda state: evaluate(state.student)
         done = fit(
-            schemes[pair].step,
-            state,
+            scheme.step,
+            scheme.init(start, params, key=key),
             batches,
             steps=steps,
             evaluate=score,
             every=every,
+            checkpoint=None if checkpoint is None else os.path.join(checkpoint, str(i)),
+            save_every=save_every,
             progress=progress,
             title=f"{i + 1} of {len(successors)}",
         )
-        params, master = done.best.student, network
+        params = done.best.student
+        master = as_network(teaching[0], who, f"successor {i}") if teaching else network
         found.append(params)
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
 from jax.sharding import Mesh
 
-from ._core import Loss, pairs, side_by_side
+from ._core import Loss, compiled, pairs, side_by_side
 from ._network import Network, as_network
 from ._place import Place
 from ._state import Scheme, State
@@ -42,7 +42,8 @@ def teacher_student(
       loss: `(student, teacher, batch) -> value`, or `(value, metrics)`, or `(value, metrics,
         memory)`; the first two arguments are what networks show, as :class:`Seen`, the second a
         list for a list of teachers. :func:`classification` makes the usual one.
-      optimizer: any optax transformation.
+      optimizer: any optax transformation; it gets the loss as ``value=`` (those that call the
+        loss again, such as `optax.lbfgs`, cannot be used).
       heads_optimizer: another one for heads; default: the same.
       mesh: devices over which batches are divided.
       axis: the axis of the mesh that divides them.
@@ -73,29 +74,68 @@ def teacher_student(
       Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network
       <https://arxiv.org/abs/1503.02531>`_, 2015
     """
-    who = "teacher_student"
+    return one_student(
+        student,
+        teacher,
+        loss,
+        optimizer,
+        heads_optimizer=heads_optimizer,
+        mesh=mesh,
+        axis=axis,
+        who="teacher_student",
+    )
+
+
+def one_student(
+    student: Any,
+    teacher: Any,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    heads_optimizer: optax.GradientTransformation | None,
+    mesh: Mesh | None,
+    axis: str,
+    who: str,
+) -> Scheme:
+    """Returns :func:`teacher_student` under another name for messages."""
     several = isinstance(teacher, (list, tuple))
     teachers = [as_network(t, who, "teacher") for t in (teacher if several else [teacher])]
-    scheme = side_by_side(
+    if not teachers:
+        raise ValueError(f"{who}: teacher is an empty list; give at least one, or self_taught")
+    place = Place(mesh, axis, who)
+    begin, advance = side_by_side(
         [as_network(student, who, "student")],
         teachers,
         [loss],
         lambda i, students, fixed: fixed if several else fixed[0],
         pairs(optimizer, heads_optimizer, 1, who),
-        place=Place(mesh, axis, who),
-        who=who,
+        place=place,
     )
 
     def init(
         student: Any, teacher: Any, *, heads: Any = None, memory: Any = None, key: Any = None
     ) -> State:
-        params = _listed(teacher, len(teachers), "teacher_params", who) if several else [teacher]
-        return scheme.init([student], params, heads=[heads], memories=[memory], key=key)
+        params = listed(teacher, len(teachers), "teacher_params", who) if several else [teacher]
+        return begin([student], params, heads=[heads], memories=[memory], key=key)
 
-    return Scheme(init, scheme.step)
+    return Scheme(init, compiled(advance, place))
 
 
-def stored(inputs: Any = lambda batch: batch[-1]) -> Network:
+def last(batch: Any) -> Any:
+    """Returns the last part of a batch, where a stored teacher's outputs are.
+
+    Raises:
+      TypeError: for a batch that has no parts in order.
+    """
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(
+            f"a batch is {type(batch).__name__}, no tuple that ends in the teacher's outputs; say "
+            "where they are: distill.stored(lambda batch: batch['logits'])"
+        )
+    return batch[-1]
+
+
+def stored(inputs: Callable[[Any], Any] = last) -> Network:
     """Returns a teacher whose outputs are in the batch, computed once and kept.
 
     Its parameters are ``()``; its ``out`` is the last part of the batch, or what ``inputs`` takes.
@@ -177,7 +217,7 @@ def joint(
     if not networks:
         raise ValueError("joint: no students; give a list of functions or networks")
     count, master = len(networks), as_network(teacher, who, "teacher")
-    losses = _listed(loss, count, "losses", who) if isinstance(loss, list) else [loss] * count
+    losses = listed(loss, count, "losses", who) if isinstance(loss, list) else [loss] * count
     learns = teacher_loss is not None
     trained = [*networks, master] if learns else networks
 
@@ -186,31 +226,31 @@ def joint(
             return fixed[0]
         return None if i == count else shown[count]
 
-    scheme = side_by_side(
+    place = Place(mesh, axis, who)
+    begin, advance = side_by_side(
         trained,
         [] if learns else [master],
         [*losses, teacher_loss] if learns else losses,  # type: ignore[list-item]
         others,
         pairs(optimizer, heads_optimizer, len(trained), who),
-        place=Place(mesh, axis, who),
-        who=who,
+        place=place,
     )
 
     def init(
         students: Any, teacher: Any, *, heads: Any = None, memory: Any = None, key: Any = None
     ) -> State:
-        students = _listed(students, count, "student_params", who)
+        students = listed(students, count, "student_params", who)
         heads, memory = (
-            [None] * count if given is None else _listed(given, count, name, who)
+            [None] * count if given is None else listed(given, count, name, who)
             for name, given in (("heads", heads), ("memory", memory))
         )
         fixed = [teacher]
         if learns:
             students, heads, memory = [*students, teacher], [*heads, None], [*memory, None]
             fixed = []
-        return scheme.init(students, fixed, heads=heads, memories=memory, key=key)
+        return begin(students, fixed, heads=heads, memories=memory, key=key)
 
-    return Scheme(init, scheme.step)
+    return Scheme(init, compiled(advance, place))
 
 
 def mutual(
@@ -266,28 +306,29 @@ def mutual(
     count = len(networks)
     if count < 2:
         raise ValueError(f"mutual: {count} peers; give at least two that learn from each other")
-    scheme = side_by_side(
+    place = Place(mesh, axis, who)
+    begin, advance = side_by_side(
         networks,
         [],
-        _listed(loss, count, "losses", who) if isinstance(loss, list) else [loss] * count,
+        listed(loss, count, "losses", who) if isinstance(loss, list) else [loss] * count,
         lambda i, shown, fixed: [s for j, s in enumerate(shown) if j != i],
         pairs(optimizer, heads_optimizer, count, who),
-        place=Place(mesh, axis, who),
-        who=who,
+        place=place,
     )
 
     def init(peers: Any, *, heads: Any = None, memory: Any = None, key: Any = None) -> State:
         heads, memory = (
-            [None] * count if given is None else _listed(given, count, name, who)
+            [None] * count if given is None else listed(given, count, name, who)
             for name, given in (("heads", heads), ("memory", memory))
         )
-        peers = _listed(peers, count, "params", who)
-        return scheme.init(peers, heads=heads, memories=memory, key=key)
+        peers = listed(peers, count, "params", who)
+        return begin(peers, heads=heads, memories=memory, key=key)
 
-    return Scheme(init, scheme.step)
+    return Scheme(init, compiled(advance, place))
 
 
-def _listed(given: Any, count: int, name: str, who: str) -> list[Any]:
+def listed(given: Any, count: int, name: str, who: str) -> list[Any]:
+    """Returns a list of a given length, or raises a `ValueError`."""
     if not isinstance(given, (list, tuple)) or len(given) != count:
         got = f"{len(given)} of them" if isinstance(given, (list, tuple)) else type(given).__name__
         raise ValueError(f"{who}: {name} must be a list of {count}; got {got}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from distill_networks import CLASSES, batch, near, plain
+from distill_networks import CLASSES, batch, near, plain, same
 
 from jaxopt_models import distill
 
@@ -118,5 +118,21 @@ def test_generations_teach_one_another():
     apart = [np.abs(a - b).mean() for a, b in itertools.pairwise(outs)]
     start = np.abs(softmax(chain[1][0](chain[1][1], x)) - outs[0]).mean()
     assert max(apart) < 0.3 * start
+    best = distill.succession(
+        *chain[0],
+        [(*chain[1], chain[1][0])],
+        loss,
+        optax.adam(0.05),
+        lambda step: x,
+        evaluate=lambda params: -float(jnp.abs(params["layer0"]["bias"]).sum()),
+        every=30,
+        **options,
+    )
+    assert not same(best[0], found[0]), "the first score is the best one"
+    net = distill.Network(lambda p, x: (chain[1][0](p, x), p), stateful=True, fixed="layer0/bias")
+    with pytest.raises(ValueError, match="successor 0 is stateful and teaches"):
+        distill.succession(
+            *chain[0], [(net, chain[1][1])] * 2, loss, optax.sgd(0.1), [x], **options
+        )
     with pytest.raises(ValueError, match="no successors"):
         distill.succession(*chain[0], [], loss, optax.sgd(0.1), [x], **options)

@@ -1,5 +1,6 @@
 """The loop: evaluation, early stop, checkpoints, exact resume."""
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -8,9 +9,8 @@ from distill_networks import CLASSES, batch, plain, same, student
 from jaxopt_models import distill
 
 TEACHER = plain((6, 16, CLASSES))
-SCHEME = distill.teacher_student(
-    student("plain")[0], TEACHER[0], distill.classification(), optax.adam(0.02)
-)
+SCHEME_FN, LOSS = student("plain")[0], distill.classification()
+SCHEME = distill.teacher_student(SCHEME_FN, TEACHER[0], LOSS, optax.adam(0.02))
 
 
 def start():
@@ -65,8 +65,80 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint(tmp_path):
     assert same(resumed.state, fit().state)
 
 
+@pytest.mark.parametrize("at", [8, 23])
+def test_an_interrupt_in_an_evaluation_loses_no_row(tmp_path, at):
+    whole = fit(evaluate=score)
+    seen = []
+
+    def stops(state):
+        seen.append(int(state.step))
+        if seen.count(at) == 1 and seen[-1] == at:
+            raise KeyboardInterrupt
+        return score(state)
+
+    options = {"evaluate": stops, "checkpoint": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        fit(**options)
+    resumed = fit(**options)
+    assert resumed.history.rows == whole.history.rows and same(resumed.best, whole.best)
+    assert seen.count(at) == 2 and seen.count(4) == 1
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    def loss(student, teacher, batch):
+        x = jnp.min(batch[0])
+        # Its value is finite where its derivative is not.
+        edge = jnp.sqrt(jnp.where(x < -90, 0 * student.out, 1 + student.out**2)).mean()
+        return edge, {}
+
+    scheme = distill.teacher_student(SCHEME_FN, TEACHER[0], loss, optax.sgd(0.01))
+
+    def run(at, **options):
+        def bad(step):
+            x, y = batch(step)
+            return x - 100 * (step == at), y
+
+        state = scheme.init(student("plain")[1], TEACHER[1])
+        return distill.fit(scheme.step, state, bad, steps=12, progress=False, **options)
+
+    with pytest.raises(FloatingPointError, match="a trained parameter was not finite in step 10"):
+        run(9, checkpoint=tmp_path, save_every=5)
+    again = run(-1, checkpoint=tmp_path, save_every=5)
+    assert same(again.state, run(-1).state), "the good checkpoint is lost"
+    with pytest.raises(FloatingPointError, match="in step 12"):
+        run(11)
+
+
+def test_fit_leaves_the_state_to_the_caller_and_takes_each_batch_once():
+    state, seen = start(), []
+    source = iter(batch(i) for i in range(9))
+
+    def take(step):
+        seen.append(step)
+        return next(source)
+
+    done = distill.fit(SCHEME.step, state, take, steps=4, progress=False)
+    assert seen == [0, 1, 2, 3]
+    again = distill.fit(SCHEME.step, state, batch, steps=4, progress=False)
+    assert same(done.state, again.state)
+    SCHEME.step(state, batch())
+    with pytest.raises(ValueError, match="given up to an earlier step"):
+        distill.fit(SCHEME.step, state, batch, steps=4, progress=False)
+    with pytest.raises(TypeError, match="step is Scheme"):
+        distill.fit(SCHEME, start(), batch, steps=4)
+    with pytest.raises(TypeError, match="state is dict"):
+        distill.fit(SCHEME.step, {}, batch, steps=4)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit(checkpoint=tmp_path)
+    faster = distill.teacher_student(SCHEME_FN, TEACHER[0], LOSS, optax.adam(0.03))
+    with pytest.raises(ValueError, match="program: "):
+        distill.fit(
+            faster.step, start(), batch, steps=23, every=4, progress=False, checkpoint=tmp_path
+        )
+    with pytest.raises(ValueError, match="evaluate: False there, True here"):
+        fit(checkpoint=tmp_path, evaluate=score)
     with pytest.raises(ValueError, match="another run"):
         fit(checkpoint=tmp_path, steps=24)
     other = SCHEME.init(student("plain")[1], plain((6, 16, CLASSES), seed=5)[1])
@@ -81,7 +153,7 @@ def test_what_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
         x, y = batch(step)
         return x * (np.nan if step == 11 else 1), y
 
-    with pytest.raises(FloatingPointError, match="loss was not finite before step 12"):
+    with pytest.raises(FloatingPointError, match="hard was not finite in step 12"):
         fit(bad, checkpoint=tmp_path, save_every=5)
     assert same(fit(checkpoint=tmp_path, save_every=5).state, fit().state)
 
@@ -92,6 +164,10 @@ def test_the_best_is_kept_and_patience_ends():
     assert done.stopped and int(done.state.step) == 16 and int(done.best.step) == 8
     assert done.history.column("score") == [0.1, 0.5, 0.4, 0.3]
     assert same(done.best, fit(steps=8).state)
+    # Nothing is left to stop at the last step.
+    assert not fit(evaluate=lambda state: 0.0, steps=8, patience=1).stopped
+    with pytest.raises(FloatingPointError, match="evaluate returned nan after step 4"):
+        fit(evaluate=lambda state: float("nan"))
     with pytest.raises(ValueError, match="patience= without evaluate="):
         fit(patience=2)
 

@@ -38,7 +38,7 @@ def test_judge_and_student_step_as_by_hand():
 
     grads = jax.jit(jax.grad(of_student))(PARAMS)
     student = jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * np.asarray(g), PARAMS, grads)
-    near(state.kept["judge"], judge)
+    near(state.memory["judge"], judge)
     near(state.student, student)
     np.testing.assert_allclose(metrics["judge"], value, rtol=1e-5)
 
@@ -69,12 +69,20 @@ def test_a_judge_tells_a_student_that_does_not_learn(kind):
     for i in range(60):
         state, metrics = scheme.step(state, batch(i, size=32))
     assert metrics["judge_accuracy"] > 0.9
-    assert same(state.student, PARAMS) and float(state.memory) == 60
+    assert same(state.student, PARAMS) and float(state.memory["loss"]) == 60
 
 
 def test_a_judge_that_is_wrongly_asked_for_is_named():
     with pytest.raises(ValueError, match="kind='wasserstein'"):
         distill.adversarial(FN, FN, LOSS, optax.sgd(0.1), kind="wasserstein")
+    with pytest.raises(TypeError, match="judge_params hold int32"):
+        scheme = distill.adversarial(FN, FN, LOSS, optax.sgd(0.1))
+        scheme.init(PARAMS, PARAMS, {"w": jnp.arange(3)})
+    with pytest.raises(ValueError, match="named 'fool'"):
+        loss = lambda s, t, b: (s.out.mean(), {"fool": s.out.mean()})  # noqa: E731
+        scheme = distill.adversarial(FN, FN, loss, optax.sgd(0.1), condition=None)
+        judge = distill.judge(jax.random.key(0), CLASSES)
+        scheme.step(scheme.init(PARAMS, PARAMS, judge), batch())
     with pytest.raises(ValueError, match="weight=-1"):
         distill.adversarial(FN, FN, LOSS, optax.sgd(0.1), weight=-1)
 
@@ -125,7 +133,7 @@ def test_labels_and_a_memory_are_drawn_together():
         x, y = batch
         # Without noise an image tells the label it was made of.
         own = jnp.argmin(jnp.sum((x[:, None] - GENERATOR["classes"][None]) ** 2, -1), axis=1)
-        wrong = jnp.sum((own != y) & (jnp.abs(x).sum(1) > 0))
+        wrong = jnp.sum((own != y) | (jnp.abs(x).sum(1) == 0))
         return apart(student, teacher, batch), {"wrong": wrong.astype(jnp.float32)}
 
     scheme = distill.data_free(
@@ -139,8 +147,9 @@ def test_labels_and_a_memory_are_drawn_together():
         batch=16,
         noise=4,
         classes=CLASSES,
-        memory=40,
+        inversions=40,
         student_steps=3,
+        generator_steps=2,
     )
     state = scheme.init(PARAMS, TEACHER[1], {"classes": GENERATOR["classes"]})
     for _ in range(4):
@@ -152,7 +161,7 @@ def test_labels_and_a_memory_are_drawn_together():
 
 
 def test_without_data_on_a_mesh_as_on_one_device():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     states = []
     for where in (None, mesh):
         scheme = free(mesh=where, student_steps=2)
@@ -169,8 +178,11 @@ def test_what_makes_no_sense_without_data_is_named():
     state = scheme.init(PARAMS, TEACHER[1], {"w": GENERATOR["w"]})
     with pytest.raises(TypeError, match="takes no batch"):
         scheme.step(state, batch())
-    with pytest.raises(ValueError, match="memory=3 holds less than a batch of 16"):
-        free(memory=3)
+    with pytest.raises(ValueError, match="inversions=3 are less than a batch of 16"):
+        free(inversions=3)
+    with pytest.raises(ValueError, match="the generator was made for 5"):
+        made = distill.generator(jax.random.key(0), 4, (6,), hidden=(8,), classes=5)
+        free(generator=distill.generated, classes=3).init(PARAMS, TEACHER[1], made)
     with pytest.raises(ValueError, match="classes=1"):
         free(classes=1)
     done = distill.fit(scheme.step, state, None, steps=4, progress=False)

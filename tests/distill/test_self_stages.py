@@ -1,5 +1,7 @@
 """Networks that teach themselves, and stages that imitate stages."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,10 @@ FN, PARAMS = plain((6, 5, CLASSES), seed=1)
 def test_the_average_follows_what_is_trained():
     seen = []
 
-    def loss(student, teacher, batch):
-        value, metrics = distill.classification(soft=0.5)(student, teacher, batch)
-        return value, metrics
-
-    scheme = distill.self_taught(FN, loss, optax.sgd(0.5), decay=0.75)
+    # The average is run on another view, which the batch holds.
+    view = distill.Network(FN, inputs=lambda batch: batch[0] * 1.0)
+    loss = distill.classification(soft=0.5)
+    scheme = distill.self_taught(FN, loss, optax.sgd(0.5), decay=0.75, teacher=view)
     state = scheme.init(PARAMS)
     expected = PARAMS
     for i in range(3):
@@ -42,6 +43,19 @@ def test_the_average_of_a_compressed_network_keeps_its_codes():
     assert not np.array_equal(scale[0], scale[2])
 
 
+def test_the_average_of_narrow_numbers_moves():
+    scheme = distill.self_taught(
+        lambda p, x: x @ p, lambda s, t, b: jnp.mean(s.out), optax.sgd(0.0), decay=0.999
+    )
+    state = scheme.init(jnp.ones((2, 1), jnp.bfloat16))
+    moved = dataclasses.replace(state, trained=((jnp.zeros((2, 1), jnp.bfloat16), None),))
+    for _ in range(20):
+        moved, _ = scheme.step(moved, jnp.ones((1, 2), jnp.bfloat16))
+    average = moved.kept["average"]
+    np.testing.assert_allclose(average, 0.999**20, rtol=1e-4)
+    assert distill.averaged(moved).dtype == jnp.bfloat16
+
+
 def test_the_last_layer_teaches_an_earlier_one():
     net = distill.Network(FN, taps=["layer0"])
     heads = distill.deep_supervision_heads(jax.random.key(0), net, PARAMS, batch())
@@ -61,6 +75,13 @@ def test_the_last_layer_teaches_an_earlier_one():
         scheme.step(scheme.init(PARAMS), batch())
     with pytest.raises(ValueError, match="keeps no average"):
         distill.averaged(state)
+    with pytest.raises(ValueError, match="nobody teaches here"):
+        alone = distill.self_taught(FN, distill.classification(), optax.sgd(0.1))
+        alone.step(alone.init(PARAMS), batch())
+    with pytest.raises(ValueError, match="give decay="):
+        distill.self_taught(FN, loss, optax.sgd(0.1), teacher=FN)
+    with pytest.raises(ValueError, match="has no taps"):
+        distill.deep_supervision_heads(jax.random.key(0), distill.Network(FN), PARAMS, batch())
     with pytest.raises(ValueError, match="decay=1"):
         distill.self_taught(FN, loss, optax.sgd(0.1), decay=1.0)
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 import jaxopt_models as jom
 from jaxopt_models import distill, quant
+from jaxopt_models.distill._place import Place
 
 TEACHER = plain((6, 16, CLASSES))
 LOSS = distill.classification(hard=0.3, soft=0.7, temperature=2.0)
@@ -84,6 +85,20 @@ def test_batch_statistics_are_taken_over():
     # New statistics leave the scope of the norm, too, but are no value that anyone looks at.
     look = distill.Network(net.fn, stateful=True, taps=["norm"]).look
     assert jax.eval_shape(look, params, batch(0)).taps["norm"].shape == (8, 5)
+    plain_state = {"w": jnp.ones((6, 3)), "mean": jnp.zeros(3)}
+
+    def moving(p, x):
+        return x @ p["w"], p | {"mean": p["mean"] + 1}
+
+    net = distill.Network(moving, stateful=True, fixed="mean")
+    scheme = distill.teacher_student(net, TEACHER[0], LOSS, optax.adamw(0.1))
+    state, _ = run(scheme, scheme.init(plain_state, TEACHER[1]), 2)
+    assert state.student["mean"].tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match=r"fixed='.\*/mean'"):
+        scheme = distill.teacher_student(
+            distill.Network(moving, stateful=True), TEACHER[0], LOSS, optax.sgd(0.1)
+        )
+        scheme.init(plain_state, TEACHER[1])
     with pytest.raises(ValueError, match="no pair"):
         distill.Network(TEACHER[0], stateful=True).look(TEACHER[1], batch())
 
@@ -188,14 +203,24 @@ def test_outputs_in_the_batch_take_the_teachers_place():
     near(state.student, by_hand(fn, params, target, optax.sgd(0.1), 3), atol=1e-5)
 
 
-def test_on_a_mesh_as_on_one_device():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_as_on_one_device(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     fn, params = student("plain")
     states = []
+
+    def loss(student, teacher, batch):
+        # Examples are compared with one another, across devices.
+        value, metrics = LOSS(student, teacher, batch)
+        pair = student.out, teacher.out
+        return value + distill.similarity(*pair) + distill.dist(*pair), metrics
+
     for where in (None, mesh):
-        scheme = distill.teacher_student(fn, TEACHER[0], LOSS, optax.sgd(0.1), mesh=where)
+        scheme = distill.teacher_student(fn, TEACHER[0], loss, optax.sgd(0.1), mesh=where)
         state, _ = run(scheme, scheme.init(params, TEACHER[1]), 3)
         states.append(state)
+    x = Place(mesh, "data", "who").batch(batch())[0]
+    assert x.sharding.spec == jax.sharding.PartitionSpec("data")
     near(states[0].student, states[1].student, atol=1e-5)
     assert len(jax.tree.leaves(states[1].student)[0].sharding.device_set) == 8
     with pytest.raises(ValueError, match="7 rows"):
@@ -239,7 +264,9 @@ def test_wrong_arguments_are_named():
     for wrong, match in (
         (lambda s, t, b: s.out, "loss returned"),
         (lambda s, t, b: (s.out.sum(), s.out), "for metrics"),
-        (lambda s, t, b: (s.out.sum(), {"loss": s.out.sum()}), "named 'loss'"),
+        (lambda s, t, b: (s.out.sum(), {"score": s.out.sum()}), "named 'score'"),
+        (lambda s, t, b: b[1].sum(), "one floating number"),
+        (lambda s, t, b: (s.out.sum(), {}, jnp.ones(3)), r"init\(memory=\)"),
         (lambda s, t, b: (s.out.sum(),), "a tuple of 1"),
     ):
         scheme = distill.teacher_student(fn, fn, wrong, optax.sgd(0.1))
@@ -255,9 +282,79 @@ def test_wrong_arguments_are_named():
         scheme.init({"w": jnp.arange(3)}, params)
     with pytest.raises(TypeError, match="no random key"):
         scheme.init(params, params, key=0)
+    with pytest.raises(TypeError, match="is a State"):
+        scheme.init(scheme.init(params, params), params)
+    with pytest.raises(TypeError, match="state is dict"):
+        scheme.step(params, batch())
+    with pytest.raises(TypeError, match=r"the module Linen; make a function of it"):
+        distill.teacher_student(networks.Linen(), fn, LOSS, optax.sgd(0.1))
+    with pytest.raises(TypeError, match="loss is NoneType"):
+        distill.teacher_student(fn, fn, None, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="empty list"):
+        distill.teacher_student(fn, [], LOSS, optax.sgd(0.1))
+    with pytest.raises(TypeError, match="mesh is int"):
+        distill.teacher_student(fn, fn, LOSS, optax.sgd(0.1), mesh=8)
+    with pytest.raises(TypeError, match="no tuple that ends in"):
+        distill.stored().look((), {"x": batch()[0]})
     with pytest.raises(TypeError, match="heads hold int32"):
         scheme.init(params, params, heads={"w": jnp.arange(3)})
     with pytest.raises(TypeError, match="is no function"):
         distill.Network(fn, inputs=3)
     with pytest.raises(ValueError, match="above 0"):
         distill.classification(hard=0, soft=0)
+
+
+def test_the_step_the_key_and_masks_reach_the_loss():
+    fn, params = student("plain")
+    seen = []
+
+    def loss(student, teacher, batch):
+        value = distill.classification(soft=0.5, where=lambda b: b[2])(student, teacher, batch)[0]
+        noise = jax.random.uniform(student.key)
+        return value, {"noise": noise, "count": student.step}
+
+    def masked(step, size=8):
+        x, y = batch(step, size)
+        x[4:] += 100 * step  # what is left out makes no difference
+        return x, y, np.arange(size) < 4
+
+    scheme = distill.mutual([fn, fn], loss, optax.sgd(0.1))
+    state = scheme.init([params, params], key=jax.random.key(3))
+    for i in range(3):
+        state, metrics = scheme.step(state, masked(i))
+        seen.append(metrics["noise"])
+        assert metrics["count"].tolist() == [i, i]
+    assert len(set(np.ravel(seen).tolist())) == 6, "a key was used twice"
+    whole = distill.mutual([fn, fn], distill.classification(soft=0.5), optax.sgd(0.1))
+    expected, _ = run(whole, whole.init([params, params]), 3, lambda i: [a[:4] for a in batch(i)])
+    near(state.students, expected.students)
+
+
+def test_heads_have_an_optimizer_and_contrast_a_memory():
+    fn, params = student("plain")
+    nets = [distill.Network(f, taps=["layer0"]) for f in (fn, TEACHER[0])]
+
+    def loss(student, teacher, batch):
+        pair = (
+            distill.project(student.heads[side], x)
+            for side, x in (("s", student.taps["layer0"]), ("t", teacher.taps["layer0"]))
+        )
+        value, memory = distill.contrast(*pair, batch[1], student.memory, student.key, negatives=4)
+        return value, {}, memory
+
+    head = {"s": distill.projection(jax.random.key(0), 5, 4)}
+    head["t"] = distill.projection(jax.random.key(1), 16, 4)
+    memory = distill.contrast_memory(jax.random.key(2), 8, 4)
+    scheme = distill.joint([nets[0]], nets[1], loss, optax.sgd(0.1), heads_optimizer=optax.sgd(0.0))
+    state = scheme.init([params], TEACHER[1], heads=[head], memory=[memory])
+    state, _ = run(scheme, state, 2, at=lambda i: (batch(i)[0], np.arange(8)))
+    assert same(state.heads, head) and not same(state.student, params)
+    assert not same(state.memory.student, memory.student)
+
+
+def test_optimizers_may_look_at_the_loss():
+    fn, params = student("plain")
+    scheme = distill.teacher_student(fn, TEACHER[0], LOSS, optax.polyak_sgd(1.0))
+    state, first = run(scheme, scheme.init(params, TEACHER[1]), 1, at=lambda i: batch(0))
+    _, last = run(scheme, state, 10, at=lambda i: batch(0))
+    assert last["loss"] < first["loss"]

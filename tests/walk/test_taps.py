@@ -183,3 +183,18 @@ def test_errors_list_the_names():
     with pytest.raises(TypeError, match="fn is NoneType"):
         jom.taps(None, [])
     assert jom.taps(fn, "one/dense")(params, X)[1]["one/dense"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint])
+def test_what_only_the_caller_gets_is_no_tap_in_any_body(around):
+    def fn(params, x):
+        def inner(w, x):
+            with jax.named_scope("enc"):
+                return x @ w, jnp.tanh(x) @ w, jnp.mean(x, axis=0)
+
+        q, v, statistic = around(inner)(params["w"], x)
+        return jnp.sum(q * 2 + v), statistic
+
+    x = jnp.ones((8, 3))
+    found = jax.eval_shape(jom.taps(fn, ["enc"]), {"w": jnp.ones((3, 6))}, x)[1]["enc"]
+    assert [v.shape for v in found] == [(8, 6), (8, 6)]
