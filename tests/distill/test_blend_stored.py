@@ -124,7 +124,7 @@ def test_generations_teach_one_another():
         loss,
         optax.adam(0.05),
         lambda step: x,
-        evaluate=lambda params: -float(jnp.abs(params["layer0"]["bias"]).sum()),
+        evaluate=lambda params, scores=iter([2.0, 1.0]): next(scores),
         every=30,
         **options,
     )
