@@ -118,13 +118,14 @@ def test_generations_teach_one_another():
     apart = [np.abs(a - b).mean() for a, b in itertools.pairwise(outs)]
     start = np.abs(softmax(chain[1][0](chain[1][1], x)) - outs[0]).mean()
     assert max(apart) < 0.3 * start
+    scores = iter([2.0, 1.0])
     best = distill.succession(
         *chain[0],
         [(*chain[1], chain[1][0])],
         loss,
         optax.adam(0.05),
         lambda step: x,
-        evaluate=lambda params, scores=iter([2.0, 1.0]): next(scores),
+        evaluate=lambda params: next(scores),
         every=30,
         **options,
     )
