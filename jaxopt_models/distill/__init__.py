@@ -15,7 +15,6 @@ from ._features import factor_transfer as factor_transfer
 from ._features import hint as hint
 from ._features import reconstruction as reconstruction
 from ._features import variational as variational
-from ._fit import Fitted as Fitted
 from ._fit import fit as fit
 from ._generators import generated as generated
 from ._generators import generator as generator
@@ -35,12 +34,14 @@ from ._judges import judged as judged
 from ._labels import bias_correction as bias_correction
 from ._labels import cross_entropy as cross_entropy
 from ._labels import virtual_teacher as virtual_teacher
+from ._mutual import mutual as mutual
 from ._network import Network as Network
 from ._network import Seen as Seen
 from ._relations import pkt as pkt
 from ._relations import relational_angle as relational_angle
 from ._relations import relational_distance as relational_distance
 from ._relations import similarity as similarity
+from ._run import Fitted as Fitted
 from ._scores import fool_loss as fool_loss
 from ._scores import gradient_penalty as gradient_penalty
 from ._scores import judge_accuracy as judge_accuracy
@@ -66,7 +67,6 @@ from ._stored import store as store
 from ._stored import top_k as top_k
 from ._succession import succession as succession
 from ._teach import joint as joint
-from ._teach import mutual as mutual
 from ._teach import stored as stored
 from ._teach import teacher_student as teacher_student
 from ._towers import affinity as affinity
