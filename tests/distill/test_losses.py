@@ -84,6 +84,8 @@ LOSSES = {
 NOT_ZERO = {"cross_entropy", "variational", "contrast"}
 EXACT = {"kd", "kd_reverse", "kd_js", "logit_mse", "decoupled", "hint", "reconstruction"}
 RELATED = {"similarity", "relational_distance", "relational_angle", "pkt"}
+#: Contrast counts examples of weight zero in its constants, as others' negatives.
+WITHOUT_WEIGHTS = RELATED | {"contrast"}
 every = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -160,10 +162,8 @@ def test_degenerate_points_have_finite_derivatives(name):
         # Others see two widths of the same features.
         alike = a is b and (name not in RELATED or at in ("zeros", "of both"))
         if alike and name not in NOT_ZERO:
-            # Others divide by lengths, and round twice; a magnitude has any slope at zero.
+            # Others divide by lengths, and round twice.
             least, slope = (0, 0) if name in EXACT else (1e-14, 1e-6)
-            if name == "factor_transfer":
-                least, slope = 1e-7, 1 / C
             assert 0 <= value <= least, at
             assert max(np.abs(g).max() for g in grads) <= slope, at
 
@@ -179,15 +179,16 @@ def test_what_is_masked_is_never_seen(name):
     for g, other in zip(grads, others, strict=True):
         np.testing.assert_array_equal(g, other)
         assert not np.any(g[~where])
+    again, others = run(name, s, t, where, np.where(where, 1, np.nan))
+    assert again == value
+    assert not any(np.any(np.isnan(g)) for g in others)
     value, grads = run(name, s, t, np.zeros(B, bool))
     assert value == 0
     assert not any(map(np.any, grads))
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in WITHOUT_WEIGHTS])
 def test_zero_weights_are_a_mask(name):
-    if name in RELATED or name == "contrast":
-        return
     s, t = draw(), draw()
     where = np.array([True, True, False, True, False])
     masked, zeros = run(name, s, t, where)[0], run(name, s, t, None, where)[0]
@@ -214,6 +215,30 @@ def test_batches_of_one_under_vmap_in_bfloat16(name):
         assert (abs(float(values[i])) < 1e-12) == (name in RELATED)
 
 
+@pytest.mark.parametrize("name", ["kd", "kd_reverse", "kd_js", "decoupled", "cross_entropy"])
+@pytest.mark.parametrize("of", ["both", "teacher", "student", "all but one"])
+def test_impossible_classes_are_finite(name, of):
+    s, t = draw(), draw()
+    t = np.eye(B, C)[oracles.LABELS] if name == "cross_entropy" else t
+    # No label of these.
+    columns = [4] if of != "all but one" else [1, 2, 3, 4, 5]
+    rows = slice(None) if of != "all but one" else slice(0, 1)
+    if of != "teacher":
+        s[rows, columns] = -np.inf
+    if of not in ("student", "all but one") and name != "cross_entropy":
+        t[rows, columns] = -np.inf
+    value, grads = run(name, s, t)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(g)) for g in grads)
+    others = np.delete(np.arange(C), 4)
+    if of == "both" and name != "decoupled":
+        smaller = jnp.asarray(s[:, others]), jnp.asarray(t[:, others])
+        if name != "cross_entropy":
+            expected = LOSSES[name][0](*smaller)
+            assert value == pytest.approx(float(expected), rel=1e-5)
+            assert not any(np.any(g[:, 4]) for g in grads)
+
+
 @every
 def test_arrays_are_checked(name):
     loss, x = LOSSES[name][0], jnp.ones((B, C))
@@ -230,3 +255,6 @@ def test_arrays_are_checked(name):
         call(x, x, where=jnp.ones(3, bool))
     with pytest.raises(TypeError, match="where= is float32; give booleans, or 0 and 1"):
         call(x, x, where=jnp.ones(B))
+    if name not in RELATED:
+        with pytest.raises(ValueError, match="weights= has entries down to -2; give none below 0"):
+            call(x, x, weights=jnp.array([1.0, 0, -2, 1, 1]))
