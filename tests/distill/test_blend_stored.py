@@ -77,7 +77,7 @@ def test_weights_of_a_blend_are_checked():
     with pytest.raises(ValueError, match="blend: weights= has entries down to -1"):
         distill.blend(LOGITS, weights=jnp.array([1.0, -1.0, 1.0]))
     for temperature in (0, jnp.float32(-1)):
-        with pytest.raises(ValueError, match="blend: temperature=.* must be positive"):
+        with pytest.raises(ValueError, match=r"blend: temperature=.* must be positive"):
             distill.blend(LOGITS, temperature=temperature)
     with pytest.raises(TypeError, match="blend: present= is float32"):
         distill.blend(LOGITS, present=jnp.ones((5, 3)))

@@ -142,7 +142,7 @@ def test_heads_are_checked(key):
         with pytest.raises(ValueError, match=f"project: .*'{name}'.*distill.projection makes"):
             distill.project(wrong, jnp.ones((2, 4)))
     for wrong in ((), None):
-        with pytest.raises(ValueError, match="distill.projection or distill.translator makes one"):
+        with pytest.raises(ValueError, match=r"distill.projection or distill.translator makes one"):
             distill.project(wrong, jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="inputs=0 must be at least 1"):
         distill.projection(key, 0, 5)
