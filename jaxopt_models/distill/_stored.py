@@ -166,8 +166,9 @@ def store(
     values = outputs if top is None else outputs.values
     with np.errstate(over="ignore"):
         small = values.astype(dtype)
-    # Floats of 8 bits are not known to NumPy's isfinite.
-    wrong = ~np.isfinite(small.astype(np.float64))
+    # Types without infinity give NaN for what is too large, or their largest number.
+    large = np.abs(values.astype(np.float64)) > float(jnp.finfo(dtype).max)
+    wrong = large | ~np.isfinite(small.astype(np.float64))
     if wrong.any():
         raise ValueError(f"store: {_unfit(values[wrong], dtype, top)}")
     tree: dict[str, Any] = {"values": jnp.asarray(small)}

@@ -162,6 +162,11 @@ def test_a_store_names_what_it_cannot_hold(tmp_path):
         (TypeError, "complex64 is no type of floats", {"dtype": np.complex64}),
         (ValueError, r"minus infinity, of impossible classes; give top=", {"dtype": np.float32}),
         (ValueError, r"top=3 keeps impossible classes.*give a smaller top=", {"top": 3}),
+        (
+            ValueError,
+            r"outputs of 100 are not finite in float4_e2m1fn",
+            {"dtype": jnp.float4_e2m1fn, "teacher": lambda p, x: 100 + 0 * x[:, :2]},
+        ),
         (ValueError, r"store: top=0 must be at least 1", {"top": 0}),
         (ValueError, r"store: top=4 of 3 classes", {"top": 4}),
         (ValueError, r"returned shape \(\); give \[B, ", {"teacher": lambda p, x: x[0, 0]}),
