@@ -26,6 +26,14 @@ class ContrastMemory(NamedTuple):
       order: `int32` `[N]`, the examples, those of a class together.
       first: `int32` `[N]`, where in ``order`` the class of each example begins.
       same: `int32` `[N]`, how many examples its class has.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_models import distill
+      >>> labels = jnp.array([1, 0, 1, 1])
+      >>> memory = distill.contrast_memory(jax.random.key(0), 4, 8, labels=labels)
+      >>> memory.order.tolist(), memory.first.tolist(), memory.same.tolist()
+      ([1, 0, 2, 3], [1, 0, 1, 1], [3, 1, 3, 3])
     """
 
     student: jax.Array

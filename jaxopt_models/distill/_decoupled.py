@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._divergence import relative_entropy, soften
-from ._reduce import counts, indices, inside, mean, only, pair, positive, unit
+from ._divergence import finite, pick, relative_entropy, soften
+from ._reduce import counts, indices, mean, only, pair, positive, unit
 
 
 def decoupled(
@@ -62,27 +62,27 @@ def decoupled(
       Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022
     """
     temperature = positive(temperature, "decoupled", "temperature")
+    alpha = positive(alpha, "decoupled", "alpha", zero=True)
+    beta = positive(beta, "decoupled", "beta", zero=True)
     student, teacher = pair(student, teacher, "decoupled")
     labels = indices(labels, student.shape[:-1], "decoupled")
     classes = student.shape[-1]
     if classes < 2:
         raise ValueError(f"decoupled: student has shape {student.shape}; give two classes or more")
     student, teacher = only(student, where, "decoupled"), only(teacher, where, "decoupled")
-    valid, label = inside(labels, classes)
-    label = label[..., None]
+    labels = only(labels, where, "decoupled")
     place = jnp.arange(classes - 1).reshape((1,) * labels.ndim + (-1,))
-    others = place + (place >= label)
+    others = place + (place >= labels[..., None])
 
     def split(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rest = jnp.take_along_axis(z, others, axis=-1)
-        apart = jax.nn.logsumexp(rest / temperature, axis=-1, keepdims=True) * temperature
-        return jnp.concatenate([jnp.take_along_axis(z, label, axis=-1), apart], axis=-1), rest
+        rest = jnp.take_along_axis(finite(z), others, axis=-1)
+        apart = jax.nn.logsumexp(rest / temperature, axis=-1) * temperature
+        return jnp.stack([pick(z, labels), apart], axis=-1), rest
 
     (target_s, rest_s), (target_t, rest_t) = split(student), split(teacher)
     target = relative_entropy(*soften(target_s, target_t, temperature))
     rest = relative_entropy(*soften(rest_s, rest_t, temperature))
     values = alpha * target + beta * rest
-    values = jnp.where(valid, values, jnp.nan)
     return temperature**2 * mean(values, "decoupled", where=where, weights=weights)
 
 
@@ -138,6 +138,8 @@ def dist(
       <https://arxiv.org/abs/2205.10536>`_, 2022
     """
     temperature = positive(temperature, "dist", "temperature")
+    beta = positive(beta, "dist", "beta", zero=True)
+    gamma = positive(gamma, "dist", "gamma", zero=True)
     student, teacher = pair(student, teacher, "dist")
     student, teacher = only(student, where, "dist"), only(teacher, where, "dist")
     p, q = jax.nn.softmax(teacher / temperature), jax.nn.softmax(student / temperature)
@@ -145,17 +147,22 @@ def dist(
     def apart(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
         return jnp.sum((unit(a, axis) - unit(b, axis)) ** 2, axis=axis) / 2
 
-    def centred(x: jax.Array) -> jax.Array:
-        return x - jnp.mean(x, axis=-1, keepdims=True)
+    def centred(x: jax.Array, share: jax.Array, axis: int) -> jax.Array:
+        # From the largest that counts: what is constant leaves exact zeros, not its rounding.
+        top = jnp.max(jnp.where(share > 0, x, 0), axis=axis, keepdims=True)
+        x = x - jax.lax.stop_gradient(top)
+        return x - jnp.sum(share * x, axis=axis, keepdims=True)
 
-    rows = mean(apart(centred(q), centred(p), -1), "dist", where=where, weights=weights)
+    even = jnp.full_like(p, 1 / p.shape[-1])
+    rows = apart(centred(q, even, -1), centred(p, even, -1), -1)
+    rows = mean(rows, "dist", where=where, weights=weights)
     share = counts(p[..., 0], "dist", where=where, weights=weights).reshape(-1, 1)
     total = jnp.sum(share)
     share = share / jnp.where(total > 0, total, 1)
 
     def spread(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, x.shape[-1])
-        return jnp.sqrt(share * len(x)) * (x - jnp.sum(share * x, axis=0, keepdims=True))
+        return jnp.sqrt(share * len(x)) * centred(x, share, 0)
 
     columns = jnp.mean(apart(spread(q), spread(p), 0))
     return temperature**2 * (beta * rows + gamma * columns)

@@ -12,6 +12,11 @@ from jax.typing import ArrayLike
 FLOOR = -1e30
 
 
+def finite(logits: jax.Array) -> jax.Array:
+    """Returns logits with ``FLOOR`` in the place of minus infinity."""
+    return jnp.maximum(logits, FLOOR)
+
+
 def log_probabilities(logits: jax.Array, where: Any = None) -> jax.Array:
     """Returns `log softmax` over the last axis, finite also for logits of minus infinity.
 
@@ -19,7 +24,7 @@ def log_probabilities(logits: jax.Array, where: Any = None) -> jax.Array:
       logits: shape `[..., V]`.
       where: mask of the classes there are, shape `[..., V]`; the others get about ``FLOOR``.
     """
-    logits = jnp.maximum(logits, FLOOR)
+    logits = finite(logits)
     return jax.nn.log_softmax(logits if where is None else jnp.where(where, logits, FLOOR))
 
 
@@ -34,12 +39,9 @@ def kl(teacher: jax.Array, student: jax.Array, *, where: Any = None) -> jax.Arra
     Returns:
       Shape `[...]`.
     """
-
-    def finite(z: jax.Array) -> jax.Array:
-        z = jnp.maximum(z, FLOOR)
-        return z if where is None else jnp.where(where, z, FLOOR)
-
-    return relative_entropy(*soften(finite(student), finite(teacher)))
+    if where is not None:
+        teacher, student = (jnp.where(where, z, FLOOR) for z in (teacher, student))
+    return relative_entropy(*soften(student, teacher))
 
 
 def pick(log_p: jax.Array, labels: jax.Array) -> jax.Array:
@@ -53,7 +55,11 @@ def pick(log_p: jax.Array, labels: jax.Array) -> jax.Array:
 def soften(
     student: jax.Array, teacher: jax.Array, temperature: ArrayLike = 1.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns `p_t`, `p_s` and `log p_s - log p_t`, which is exact where both are alike."""
+    """Returns `p_t`, `p_s` and `log p_s - log p_t`, which is exact where both are alike.
+
+    Logits of minus infinity are allowed: probabilities are zero there, and the ratio is finite.
+    """
+    student, teacher = finite(student), finite(teacher)
 
     def normalised(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))

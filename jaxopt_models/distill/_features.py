@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from .._options import number
 from ._heads import resize
-from ._reduce import floats, mean, only, pair, rows, scaled, unit
+from ._reduce import floats, magnitude, mean, only, pair, rows, scaled, unit
 
 
 def hint(
@@ -107,7 +107,7 @@ def attention(
 
     def place(x: jax.Array) -> jax.Array:
         sizable = scaled(x, tuple(range(1, x.ndim)))
-        return unit(rows(resize(jnp.mean(jnp.abs(sizable) ** power, axis=-1), sizes)))
+        return unit(rows(resize(jnp.mean(magnitude(sizable) ** power, axis=-1), sizes)))
 
     values = jnp.mean((place(student) - place(teacher)) ** 2, axis=-1)
     return mean(values, "attention", where=where, weights=weights)
@@ -136,7 +136,7 @@ def factor_transfer(
     Args:
       student: factors `[B, ...]`.
       teacher: factors `[B, ...]`.
-      order: `p`, at least 1; for 1, rounding may give equal factors a derivative.
+      order: `p`, at least 1.
       where: mask of examples `[B]`, what counts.
       weights: non-negative weights of examples `[B]`.
 
@@ -164,7 +164,7 @@ def factor_transfer(
     student = only(student, where, "factor_transfer")
     teacher = only(teacher, where, "factor_transfer")
     difference = unit(rows(student)) - unit(rows(teacher))
-    values = jnp.mean(jnp.abs(difference) ** order, axis=-1)
+    values = jnp.mean(magnitude(difference) ** order, axis=-1)
     return mean(values, "factor_transfer", where=where, weights=weights)
 
 
@@ -187,7 +187,8 @@ def variational(
     Args:
       student: predicted means `[B, ..., C]`, of the student's features through a head.
       teacher: features `[B, ..., C]`.
-      scale: `a` `[C]`, trained beside the student; ``jnp.full(C, 5.0)`` is the authors' start.
+      scale: `a` `[C]`, trained beside the student. ``jnp.full(C, 5.0)`` starts at a variance of
+        about 5, as the authors' code does.
       where: mask of leading axes, what counts.
       weights: non-negative weights of leading axes.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._options import whole
-from ._dense import layer, leaky, lookup
+from ._dense import across, layer, leaky, lookup, products, take
 from ._reduce import floats, indices
 
 
@@ -115,8 +115,8 @@ def generated(
 
     Raises:
       TypeError: for labels that are no whole numbers.
-      ValueError: for labels that are missing or too much, another width of the noise, or another
-        ``norm``.
+      ValueError: for labels that are missing or too much, another width of the noise, another
+        ``norm``, or parameters of something else.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -129,6 +129,7 @@ def generated(
     who = "generated"
     if norm not in ("batch", "layer", None):
         raise ValueError(f"{who}: norm={norm!r} is none of 'batch', 'layer', None")
+    take(params, "output", who, "generator")
     x = floats(noise, who, "noise", least=2)
     first = _first(params)
     width = params[first]["kernel"].shape[0]
@@ -140,20 +141,21 @@ def generated(
     if labels is not None:
         labels = indices(labels, x.shape[:1], who)
 
-    def products(name: str, x: jax.Array) -> jax.Array:
+    def dense(name: str, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(x, params[name]["kernel"], 1)
         return y if labels is None or name != first else y + lookup(params["classes"], labels)
 
     for i in range(sum(name.startswith("dense_") for name in params)):
-        x = _rectified(params[f"dense_{i}"], products(f"dense_{i}", x), norm)
+        x = _rectified(params[f"dense_{i}"], dense(f"dense_{i}", x), norm)
     if "grid" not in params:
-        return output(products("output", x) + params["output"]["bias"][None])
-    x = _rectified(params["grid"], products("grid", x), norm)
+        x = dense("output", x)
+        return output(x + across(params["output"]["bias"], x))
+    x = _rectified(params["grid"], dense("grid", x), norm)
     for i in range(sum(name.startswith("conv_") for name in params)):
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        x = _rectified(params[f"conv_{i}"], _convolve(x, params[f"conv_{i}"]["kernel"]), norm)
-    x = _convolve(x, params["output"]["kernel"])
-    return output(x + _last(params["output"]["bias"], x))
+        x = _rectified(params[f"conv_{i}"], products(x, params[f"conv_{i}"]["kernel"]), norm)
+    x = products(x, params["output"]["kernel"])
+    return output(x + across(params["output"]["bias"], x))
 
 
 def _first(params: dict[str, Any]) -> str:
@@ -172,14 +174,4 @@ def _rectified(params: dict[str, Any], x: jax.Array, norm: str | None) -> jax.Ar
         axes = tuple(range(x.ndim - 1)) if norm == "batch" else tuple(range(1, x.ndim))
         x = x - jnp.mean(x, axes, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + 1e-5)
-    return leaky(x * _last(params["scale"], x) + _last(params["bias"], x))
-
-
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
-
-
-def _last(values: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns values of channels with the axes of ``x`` before them."""
-    return jnp.expand_dims(values, tuple(range(x.ndim - 1)))
+    return leaky(x * across(params["scale"], x) + across(params["bias"], x))

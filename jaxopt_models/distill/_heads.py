@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import whole
+from ._dense import affine, take
 from ._reduce import floats
 
 
@@ -99,7 +100,7 @@ def project(head: Any, x: ArrayLike, *, like: ArrayLike | None = None) -> jax.Ar
       `[..., outputs]`, `float32` or wider.
 
     Raises:
-      ValueError: if widths or numbers of axes do not fit.
+      ValueError: if widths or numbers of axes do not fit, or the head is of neither.
       TypeError: for features that are not floating.
 
     Example:
@@ -115,6 +116,11 @@ def project(head: Any, x: ArrayLike, *, like: ArrayLike | None = None) -> jax.Ar
     if isinstance(head, Mapping):
         x = _layer(head, x)
     else:
+        if not isinstance(head, Sequence) or not head:
+            raise ValueError(
+                f"project: head is {type(head).__name__} of nothing that is known; "
+                "distill.projection or distill.translator makes one"
+            )
         for layer in head:
             x = jax.nn.leaky_relu(_layer(layer, x), 0.1)
     if like is None:
@@ -127,26 +133,16 @@ def project(head: Any, x: ArrayLike, *, like: ArrayLike | None = None) -> jax.Ar
     return resize(x, shape[1:-1])
 
 
-def _layer(layer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-    kernel, bias = layer["kernel"], layer["bias"]
+def _layer(layer: Any, x: jax.Array) -> jax.Array:
+    kernel = take(layer, "kernel", "project", "projection")
+    take(layer, "bias", "project", "projection")
     spatial = kernel.ndim - 2
     if x.shape[-1] != kernel.shape[-2] or (spatial and x.ndim != spatial + 2):
         raise ValueError(
             f"project: x has shape {x.shape}, the kernel {kernel.shape}; give "
             f"[B{', spatial' * spatial}, {kernel.shape[-2]}]"
         )
-    if spatial:
-        # Channels last, whatever the number of spatial axes.
-        last, axes = spatial + 1, tuple(range(1, spatial + 1))
-        numbers = jax.lax.ConvDimensionNumbers(
-            (0, last, *axes), (last, spatial, *range(spatial)), (0, last, *axes)
-        )
-        x = jax.lax.conv_general_dilated(
-            x, kernel.astype(x.dtype), (1,) * spatial, "SAME", dimension_numbers=numbers
-        )
-    else:
-        x = x @ kernel.astype(x.dtype)
-    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return affine(layer, x)
 
 
 def resize(x: jax.Array, sizes: Sequence[int]) -> jax.Array:

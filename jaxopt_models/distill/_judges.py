@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._options import whole
-from ._dense import layer, leaky, lookup
+from ._dense import affine, layer, leaky, lookup, take
 from ._reduce import floats, indices, rows
 
 
@@ -90,7 +90,8 @@ def judged(params: dict[str, Any], x: jax.Array, condition: Any = None) -> jax.A
 
     Raises:
       TypeError: for labels that are no whole numbers, or features that are not floating.
-      ValueError: for a condition that is missing, too much or of another shape, or other widths.
+      ValueError: for a condition that is missing, too much or of another shape, other widths, or
+        parameters of something else.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,6 +101,8 @@ def judged(params: dict[str, Any], x: jax.Array, condition: Any = None) -> jax.A
       (4,)
     """
     who = "judged"
+    for name in ("layer_0", "score"):
+        take(params, name, who, "judge")
     x = rows(floats(x, who, "x"))
     classes = params.get("classes")
     labels = None
@@ -121,12 +124,8 @@ def judged(params: dict[str, Any], x: jax.Array, condition: Any = None) -> jax.A
             f"made for {width} (inputs= plus conditions=)"
         )
     for i in range(sum(name.startswith("layer_") for name in params)):
-        x = leaky(_apply(params[f"layer_{i}"], x))
-    scores = _apply(params["score"], x)[:, 0]
+        x = leaky(affine(params[f"layer_{i}"], x))
+    scores = affine(params["score"], x)[:, 0]
     if labels is None:
         return scores
     return scores + jnp.sum(lookup(classes, labels) * x, axis=1)
-
-
-def _apply(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    return jnp.dot(x, params["kernel"]) + params["bias"][None]

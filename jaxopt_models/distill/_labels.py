@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._options import portion, whole
-from ._reduce import counts, floats, indices, inside, mean, only
+from ._divergence import log_probabilities, pick
+from ._reduce import counts, floats, indices, inside, known, mean, only
 
 
 def cross_entropy(
@@ -27,10 +28,13 @@ def cross_entropy(
         \log \mathrm{softmax}(z)_c
 
     Args:
-      logits: `[..., C]`.
+      logits: `[..., C]`. A class of minus infinity is impossible: it has a logarithm of about
+        -1e30, and matters only where labels name it.
       labels: whole numbers `[...]`, or distributions `[..., C]`. A number outside `[0, C)` makes
-        the loss NaN, unless ``where`` leaves it out.
-      smoothing: share :math:`\varepsilon` of the uniform distribution in the labels.
+        the loss NaN, unless ``where`` leaves it out. Distributions are checked where they are
+        known, which is not so while tracing.
+      smoothing: share :math:`\varepsilon` of the uniform distribution in the labels. It names
+        every class: of impossible ones the loss is finite, but about 1e30.
       where: mask of leading axes, what counts.
       weights: non-negative weights of leading axes.
 
@@ -38,7 +42,8 @@ def cross_entropy(
       A number, `float32` or wider.
 
     Raises:
-      ValueError: if the shape of the labels does not fit, or for options out of range.
+      ValueError: if the shape of the labels does not fit, known labels `[..., C]` are no
+        distributions, or for options out of range.
       TypeError: for logits that are not floating, or labels that are neither.
 
     Example:
@@ -56,8 +61,8 @@ def cross_entropy(
     """
     smoothing = portion(smoothing, "cross_entropy: smoothing")
     logits = only(floats(logits, "cross_entropy", "logits"), where, "cross_entropy")
-    labels = jnp.asarray(labels)
-    chances = jax.nn.log_softmax(logits)
+    given, labels = labels, jnp.asarray(labels)
+    chances = log_probabilities(logits)
     numbers = jnp.issubdtype(labels.dtype, jnp.integer)
     if not numbers and not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
@@ -69,19 +74,31 @@ def cross_entropy(
             f"{labels.dtype}; give whole numbers {logits.shape[:-1]}, or floats {logits.shape}"
         )
     if numbers:
-        values = -_picked(chances, labels)
+        values = -pick(chances, labels)
     else:
+        _check_distributions(given, where)
         values = -jnp.sum(only(labels, where, "cross_entropy") * chances, axis=-1)
     if smoothing:
         values = (1 - smoothing) * values - smoothing * jnp.mean(chances, axis=-1)
     return mean(values, "cross_entropy", where=where, weights=weights)
 
 
-def _picked(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the entries of the last axis that labels name; NaN for labels outside."""
-    valid, labels = inside(labels, x.shape[-1])
-    found = jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]
-    return jnp.where(valid, found, jnp.nan)
+def _check_distributions(labels: ArrayLike, where: ArrayLike | None) -> None:
+    labels, where = known(labels), known(True if where is None else where)
+    if labels is None or where is None:
+        return
+    wide = labels.astype(np.promote_types(labels.dtype, np.float32))
+    least, total = np.min(wide, axis=-1, initial=0), np.sum(wide, axis=-1)
+    # Labels of few bits do not sum to one.
+    slack = max(1e-3, float(jnp.finfo(labels.dtype).eps))
+    wrong = (least < 0) | ~(np.abs(total - 1) <= slack)
+    wrong &= where.reshape(where.shape + (1,) * (wrong.ndim - where.ndim)) != 0
+    if np.any(wrong):
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"cross_entropy: labels at {list(at)} sum to {total[at]:g}, the least is "
+            f"{least[at]:g}; give distributions, or leave the row out by where="
+        )
 
 
 def virtual_teacher(labels: ArrayLike, classes: int, *, confidence: float = 0.99) -> jax.Array:
@@ -194,14 +211,12 @@ def bias_correction(
             f"bias_correction: prior has shape {prior.shape}, logits {logits.shape}; give one "
             f"probability a class, ({classes},)"
         )
-    if not isinstance(prior, jax.core.Tracer):
-        # In NumPy: under a transformation what JAX makes of known numbers is not known.
-        known = np.asarray(prior)
-        if np.any(known < 0) or abs(np.sum(known) - 1) > 1e-5:
-            raise ValueError(
-                f"bias_correction: prior sums to {np.sum(known):g}, its least entry is "
-                f"{np.min(known):g}; give probabilities"
-            )
+    found = known(prior)
+    if found is not None and (np.any(found < 0) or abs(np.sum(found) - 1) > 1e-5):
+        raise ValueError(
+            f"bias_correction: prior sums to {np.sum(found):g}, its least entry is "
+            f"{np.min(found):g}; give probabilities"
+        )
     logits = jax.lax.stop_gradient(only(logits, where, "bias_correction"))
     prior = jax.lax.stop_gradient(prior / jnp.sum(prior))
     share = counts(logits[..., 0], "bias_correction", where=where).reshape(-1, 1)

@@ -7,11 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._options import number
-
-#: Added under roots and to divisors, so that equal, zero and single rows have derivatives.
-EPSILON = 1e-12
 
 
 def floats(x: Any, who: str, name: str, *, least: int = 1) -> jax.Array:
@@ -103,10 +101,12 @@ def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None)
       who: the function that asks, for messages.
       where: the mask `m` of what counts, of the leading axes of ``values``: one entry an
         example is enough for losses of tokens. Values outside have no derivative, NaN included.
-      weights: non-negative weights `w`, of leading axes as well.
+      weights: non-negative weights `w`, of leading axes as well; those outside of the mask do
+        not matter. Values of weight zero do not either, but only a mask, by :func:`only`,
+        protects derivatives from the NaN that values were computed from.
 
     Raises:
-      ValueError: if a mask or weights are not of leading axes.
+      ValueError: if a mask or weights are not of leading axes, or known weights negative.
       TypeError: if a mask is neither boolean nor of whole numbers.
     """
     if where is None and weights is None:
@@ -122,11 +122,9 @@ def counts(values: jax.Array, who: str, *, where: Any = None, weights: Any = Non
     """Returns how much each entry counts: `m w` of :func:`mean`, in the shape of ``values``."""
     scale = jnp.ones(values.shape, values.dtype)
     if weights is not None:
+        not_negative(weights, who, "weights=")
         scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
-    if where is not None:
-        where = _truths(where, who, "where")
-        scale = scale * _leading(where, values, who, "where").astype(values.dtype)
-    return scale
+    return only(scale, where, who)
 
 
 def channel_means(x: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
@@ -161,18 +159,21 @@ def magnitude(x: jax.Array) -> jax.Array:
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """Returns vectors of length one; zero ones stay zero and have derivative zero."""
+    x = scaled(x, axis)
     square = jnp.sum(x * x, axis=axis, keepdims=True)
-    safe = jnp.where(square > EPSILON, square, 1)
-    return jnp.where(square > EPSILON, x * jax.lax.rsqrt(safe), 0)
+    # Of all that is not zero the largest entry is one now.
+    zero = square < 0.5
+    return jnp.where(zero, 0, x * jax.lax.rsqrt(jnp.where(zero, 1, square)))
 
 
 def scaled(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Array:
     """Returns `x` over its largest magnitude, a constant to derivatives.
 
     For what does not depend on the scale of `x`: powers of small entries do not vanish then.
+    Below 1e-30 derivatives would soon be infinite, and it stays as it is.
     """
     top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
-    return x / jnp.where(top > 0, top, 1)
+    return x / jnp.where(top > 1e-30, top, 1)
 
 
 def inside(labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
@@ -181,16 +182,48 @@ def inside(labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
     return valid, jnp.where(valid, labels, 0)
 
 
-def positive(value: Any, who: str, name: str) -> Any:
-    """Returns a positive number; arrays, scheduled or learned, pass unchecked.
+def known(x: Any) -> np.ndarray | None:
+    """Returns the numbers of an array, or `None` where they are not known while tracing."""
+    for leaf in jax.tree.leaves(x):
+        if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
+            return None
+    # In NumPy: under a transformation what JAX makes of known numbers is not known.
+    return np.asarray(x)
+
+
+def not_negative(x: Any, who: str, name: str) -> None:
+    """Checks weights, where they are known.
+
+    Raises:
+      ValueError: if one is negative.
+    """
+    found = known(x)
+    if found is not None and np.any(found < 0):
+        raise ValueError(f"{who}: {name} has entries down to {np.min(found):g}; give none below 0")
+
+
+def positive(value: Any, who: str, name: str, *, zero: bool = False) -> Any:
+    """Returns a positive number, or array without axes: scheduled or learned.
+
+    Args:
+      value: the number; an array is checked where it is known.
+      who: the function that asks, for messages.
+      name: the option.
+      zero: whether it may be zero.
 
     Raises:
       TypeError: if it is no number.
-      ValueError: if it is not positive.
+      ValueError: if it is not positive, or has axes.
     """
+    if getattr(value, "ndim", 0):
+        raise ValueError(f"{who}: {name} has shape {value.shape}; give one number")
     if isinstance(value, jax.Array):
-        return value
-    found = number(value, f"{who}: {name}")
-    if found <= 0:
-        raise ValueError(f"{who}: {name}={found!r} must be positive")
-    return found
+        found = known(value)
+        if found is None:
+            return value
+    else:
+        value = found = number(value, f"{who}: {name}")
+    if not (found > 0 or (zero and found == 0)):
+        what = "must not be negative" if zero else "must be positive"
+        raise ValueError(f"{who}: {name}={float(found)!r} {what}")
+    return value

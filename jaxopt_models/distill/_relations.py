@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._divergence import relative_entropy, soften
-from ._reduce import EPSILON, counts, floats, mean, only, rows, scaled, unit
+from ._reduce import counts, floats, mean, only, rows, scaled, unit
 
 
 def similarity(
@@ -93,7 +93,7 @@ def relational_distance(
     def distances(x: jax.Array) -> jax.Array:
         # Of differences: a Gram matrix would leave noise in place of small distances.
         square = jnp.sum(_differences(x) ** 2, axis=-1)
-        apart = square > EPSILON
+        apart = square > jnp.finfo(square.dtype).tiny
         distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
         middle = mean(distance, "relational_distance", weights=pairs)
         return distance / jnp.where(middle > 0, middle, 1)
@@ -188,7 +188,7 @@ def pkt(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = Non
     pairs = _pairs(use)
 
     def chances(x: jax.Array) -> jax.Array:
-        x = unit(scaled(x, -1))
+        x = unit(x)
         return jnp.where(pairs > 0, jnp.log((x @ x.T + 1) / 2 + 1e-7), -1e30)
 
     values = relative_entropy(*soften(chances(student), chances(teacher)))

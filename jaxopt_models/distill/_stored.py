@@ -15,6 +15,7 @@ import numpy as np
 from .. import artifact
 from .._options import whole
 from .._progress import bar
+from ._divergence import log_probabilities
 from ._network import as_network
 
 
@@ -66,7 +67,7 @@ def top_k(logits: Any, k: int) -> TopK:
     """Keeps the `k` largest log-probabilities of each row.
 
     Args:
-      logits: `[..., C]`.
+      logits: `[..., C]`; classes of minus infinity come last, as about -1e30.
       k: from 1 to `C`.
 
     Returns:
@@ -85,7 +86,7 @@ def top_k(logits: Any, k: int) -> TopK:
     classes = jnp.shape(logits)[-1]
     if k > classes:
         raise ValueError(f"top_k: k={k} of {classes} classes")
-    values, at = jax.lax.top_k(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)), k)
+    values, at = jax.lax.top_k(log_probabilities(jnp.asarray(logits, jnp.float32)), k)
     return TopK(values, at, classes)
 
 
@@ -112,16 +113,16 @@ def store(
       params: its parameters.
       batches: what it reads; the last batch may be smaller.
       top: how many of the largest log-probabilities to keep; ``None`` for the output as it is.
-      dtype: of the stored numbers.
+      dtype: of the stored numbers, a type of floats that JAX has.
       progress: show a bar.
 
     Returns:
       Length of the file in bytes.
 
     Raises:
-      ValueError: for no batches, outputs that are not finite or too large for the type, or `top`
-        out of range.
-      TypeError: for an output that is no array of floats.
+      ValueError: for no batches, outputs without a batch axis, that are not finite or too large
+        for the type, or `top` out of range.
+      TypeError: for an output that is no array of floats, or another ``dtype``.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp
@@ -134,6 +135,9 @@ def store(
       [[1.0, 1.0], [0.0, 0.0]]
       >>> folder.cleanup()
     """
+    dtype = _floating(dtype)
+    if top is not None:
+        top = whole(top, "store: top", least=1)
     network = as_network(teacher, "store", "teacher")
     run = jax.jit(lambda params, batch: network.look(params, batch).out)
     parts = []
@@ -145,27 +149,70 @@ def store(
                     f"store: the teacher returned {type(out).__name__}; its output must be one "
                     "array of floats"
                 )
+            least = 1 if top is None else 2
+            if out.ndim < least:
+                raise ValueError(
+                    f"store: the teacher returned shape {out.shape}; give "
+                    + ("[B, ...]" if top is None else "[B, ..., C] for top=")
+                )
+            if top is not None and top > out.shape[-1]:
+                raise ValueError(f"store: top={top} of {out.shape[-1]} classes")
             kept = out if top is None else top_k(out, top)
             parts.append(jax.tree.map(np.asarray, kept))
             advance()
     if not parts:
         raise ValueError("store: no batches; give an iterable of what the teacher reads")
-    whole_ = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-    values = whole_ if top is None else whole_.values
+    outputs = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    values = outputs if top is None else outputs.values
     with np.errstate(over="ignore"):
         small = values.astype(dtype)
-    if not np.isfinite(small.astype(np.float32)).all():
-        raise ValueError(
-            f"store: outputs up to {np.abs(values).max():.3g} are not finite in {np.dtype(dtype)}; "
-            "give dtype=np.float32, and look at the teacher if they are not finite there"
-        )
+    # Types without infinity give NaN for what is too large, or their largest number.
+    large = np.abs(values.astype(np.float64)) > float(jnp.finfo(dtype).max)
+    wrong = large | ~np.isfinite(small.astype(np.float64))
+    if wrong.any():
+        raise ValueError(f"store: {_unfit(values[wrong], dtype, top)}")
     tree: dict[str, Any] = {"values": jnp.asarray(small)}
     if top is not None:
-        least = np.uint8 if whole_.classes <= 256 else np.uint16
-        least = least if whole_.classes <= 65_536 else np.uint32
-        tree["indices"] = jnp.asarray(whole_.indices.astype(least))
-        tree["classes"] = jnp.int32(whole_.classes)
+        least = np.uint8 if outputs.classes <= 256 else np.uint16
+        least = least if outputs.classes <= 65_536 else np.uint32
+        tree["indices"] = jnp.asarray(outputs.indices.astype(least))
+        tree["classes"] = jnp.int32(outputs.classes)
     return artifact.save(path, tree)
+
+
+def _floating(dtype: Any) -> np.dtype:
+    """Returns a type of floats that JAX keeps."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"store: dtype={dtype!r} is no type; give for instance np.float16"
+        ) from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"store: dtype={found} is no type of floats; give for instance np.float16")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise TypeError(f"store: JAX has no {found} unless jax_enable_x64 is set; give np.float32")
+    return found
+
+
+def _unfit(values: np.ndarray, dtype: np.dtype, top: int | None) -> str:
+    """Says why values are not finite as ``dtype``, and what to do."""
+    worst = values[np.argmax(np.abs(values.astype(np.float64)))]
+    least = worst == -np.inf or (top is not None and worst < -1e29)
+    if least and top is not None:
+        return (
+            f"top={top} keeps impossible classes, of minus infinity, which {dtype} cannot hold; "
+            "give a smaller top="
+        )
+    if least:
+        return (
+            "outputs hold minus infinity, of impossible classes; give top=, without them, or let "
+            "the teacher return jnp.maximum(logits, -1e4)"
+        )
+    return (
+        f"outputs of {worst:.3g} are not finite in {dtype}; give dtype=np.float32, and look at the "
+        "teacher if they are not finite there"
+    )
 
 
 def load_stored(path: str | os.PathLike[str]) -> np.ndarray | TopK:
@@ -180,6 +227,18 @@ def load_stored(path: str | os.PathLike[str]) -> np.ndarray | TopK:
 
     Raises:
       ValueError: for a file that holds something else.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp
+      >>> from jaxopt_models import distill
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> path = os.path.join(folder.name, "teacher.jom")
+      >>> x = [jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 3.0]])]
+      >>> size = distill.store(path, lambda p, x: x, None, x, top=1, progress=False)
+      >>> found = distill.load_stored(path)
+      >>> len(found), found.classes, found.indices.tolist()
+      (2, 3, [[0], [2]])
+      >>> folder.cleanup()
     """
     tree = artifact.load(path)
     if not isinstance(tree, dict) or set(tree) not in (

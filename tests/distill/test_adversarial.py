@@ -215,3 +215,6 @@ def test_judges_name_what_is_wrong(key):
         judged(judge(key, 4, hidden=(3,)), jnp.zeros((2, 4)), jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match=r"condition has 3 examples, x has 2"):
         judged(judge(key, 4, hidden=(3,)), jnp.zeros((2, 4)), jnp.zeros((3, 1)))
+    for wrong in ({}, {"layer_0": by_class["layer_0"]}, None):
+        with pytest.raises(ValueError, match=r"judged: .*'(layer_0|score)'.*distill.judge makes"):
+            judged(wrong, jnp.zeros((2, 4)))

@@ -43,12 +43,52 @@ def test_absent_teachers_do_not_count():
         return distill.kd(jnp.zeros((1, 2)), z)
 
     assert np.isfinite(jax.grad(loss)(jnp.array([1.0, 0.0]))).all()
-    with pytest.raises(ValueError, match=r"present has shape \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"present= has shape \(5, 2\); give \(5, 3\)"):
         distill.blend(LOGITS, present=present[:, :2])
     with pytest.raises(ValueError, match="weights have shape"):
         distill.blend(LOGITS, weights=jnp.ones(2))
     with pytest.raises(ValueError, match="no logits"):
         distill.blend([])
+
+
+def test_nothing_of_an_absent_teacher_matters():
+    present = jnp.array([[True, True], [True, False]])
+
+    @jax.jit
+    def run(z, w):
+        def loss(z, w):
+            return jnp.sum(distill.blend(list(z), weights=w, present=present, temperature=2.0) ** 2)
+
+        return jax.value_and_grad(loss, (0, 1))(z, w)
+
+    z, w = np.stack(LOGITS)[:2, :2], np.float32([[0.3, 0.7], [0.5, 0.5]])
+    value, (gz, gw) = run(z, w)
+    bad = z.copy(), w.copy()
+    bad[0][1, 1], bad[1][1, 1] = np.nan, np.nan
+    again, (bz, bw) = run(*bad)
+    assert again == value
+    for g, b in ((gz, bz), (gw, bw)):
+        np.testing.assert_array_equal(g, b)
+    assert not gz[1, 1].any() and gw[1, 1] == 0
+    assert np.isnan(run(z, np.float32([[0.3, np.nan], [0.5, 0.5]]))[0])
+
+
+def test_weights_of_a_blend_are_checked():
+    with pytest.raises(ValueError, match="blend: weights= has entries down to -1"):
+        distill.blend(LOGITS, weights=jnp.array([1.0, -1.0, 1.0]))
+    for temperature in (0, jnp.float32(-1)):
+        with pytest.raises(ValueError, match=r"blend: temperature=.* must be positive"):
+            distill.blend(LOGITS, temperature=temperature)
+    with pytest.raises(TypeError, match="blend: present= is float32"):
+        distill.blend(LOGITS, present=jnp.ones((5, 3)))
+    present = np.repeat([[True, False, True]], 5, axis=0)
+    got = distill.blend(LOGITS, weights=jnp.array([0.0, 1.0, 0.0]), present=present)
+    near(got, distill.blend(LOGITS, present=present), atol=1e-6)
+    impossible = [jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.zeros((1, 3))]
+    got = softmax(distill.blend(impossible, temperature=1.0))
+    np.testing.assert_allclose(got, [[5 / 12, 5 / 12, 1 / 6]], atol=1e-6)
+    impossible[1] = impossible[0]
+    assert np.isfinite(distill.blend(impossible)).all()
 
 
 def test_confidence_falls_with_the_cross_entropy():
@@ -60,6 +100,10 @@ def test_confidence_falls_with_the_cross_entropy():
     np.testing.assert_allclose(np.asarray(got).sum(1), 1, atol=1e-6)
     with pytest.raises(ValueError, match="at least two"):
         distill.confidence(LOGITS[:1], labels)
+    with pytest.raises(ValueError, match=r"confidence: logits have shapes .*; give equal ones"):
+        distill.confidence([LOGITS[0], LOGITS[1][:, :3]], labels)
+    with pytest.raises(ValueError, match=r"confidence: logits have shape \(5, 2, 2\); give \[B, C"):
+        distill.confidence([z.reshape(5, 2, 2) for z in LOGITS], labels)
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])
@@ -103,6 +147,42 @@ def test_a_stored_teacher_is_read_back(tmp_path):
     with pytest.raises(ValueError, match="no batches"):
         distill.store(path, fn, params, [], progress=False)
     assert len(distill.load_stored(path)) == 40, "what was there before is lost"
+
+
+def test_a_store_names_what_it_cannot_hold(tmp_path):
+    x = np.float32([[1.0, 2.0, -np.inf], [0.0, 3.0, 1.0]])
+
+    def store(teacher=lambda p, x: x, **options):
+        return distill.store(tmp_path / "t.jom", teacher, None, [x], progress=False, **options)
+
+    for error, message, options in (
+        (TypeError, "dtype=int8 is no type of floats", {"dtype": np.int8}),
+        (TypeError, "dtype='half a float' is no type", {"dtype": "half a float"}),
+        (TypeError, "no float64 unless jax_enable_x64", {"dtype": np.float64}),
+        (TypeError, "complex64 is no type of floats", {"dtype": np.complex64}),
+        (ValueError, r"minus infinity, of impossible classes; give top=", {"dtype": np.float32}),
+        (ValueError, r"top=3 keeps impossible classes.*give a smaller top=", {"top": 3}),
+        (
+            ValueError,
+            r"outputs of 100 are not finite in float4_e2m1fn",
+            {"dtype": jnp.float4_e2m1fn, "teacher": lambda p, x: 100 + 0 * x[:, :2]},
+        ),
+        (ValueError, r"store: top=0 must be at least 1", {"top": 0}),
+        (ValueError, r"store: top=4 of 3 classes", {"top": 4}),
+        (ValueError, r"returned shape \(\); give \[B, ", {"teacher": lambda p, x: x[0, 0]}),
+        (ValueError, r"shape \(3,\); give .* for top=", {"teacher": lambda p, x: x[0], "top": 1}),
+    ):
+        with pytest.raises(error, match=message):
+            store(**options)
+    for dtype in (np.float16, jnp.bfloat16, jnp.float8_e5m2):
+        store(dtype=dtype, top=2)
+        found = distill.load_stored(tmp_path / "t.jom")
+        assert found.values.dtype == dtype
+        assert found.indices.tolist() == [[1, 0], [1, 2]]
+    # In a wider type what is impossible is kept, and stays so.
+    store(dtype=np.float32, top=3)
+    p = softmax(distill.load_stored(tmp_path / "t.jom").logits())
+    np.testing.assert_allclose(p[0], [1 / (1 + np.e), np.e / (1 + np.e), 0], atol=1e-6)
 
 
 def test_generations_teach_one_another():

@@ -8,6 +8,7 @@ from losses import kl as kl64
 from losses import normal
 
 from jaxopt_models.distill._divergence import FLOOR, kl, log_probabilities, pick
+from jaxopt_models.distill._reduce import positive, unit
 
 RNG = np.random.default_rng(0)
 
@@ -90,7 +91,7 @@ def test_gradient_is_the_difference_of_the_distributions():
 def test_never_negative(teacher, student):
     teacher, student = (np.float32(x).reshape(4, 5) for x in (teacher, student))
     values, grads = both(teacher, student, EVERY)
-    assert (np.asarray(values) > -1e-6).all()
+    assert (np.asarray(values) >= 0).all()
     assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -98,6 +99,43 @@ def test_logits_of_minus_infinity_are_finite():
     x = jnp.array([0.0, -jnp.inf, 0.0])
     np.testing.assert_allclose(log_probabilities(x)[0], -np.log(2), rtol=1e-6)
     assert log_probabilities(x)[1] <= FLOOR / 2
+
+
+def test_vectors_of_any_scale_have_length_one():
+    x = normal(RNG, 3, 4)
+    run = jax.jit(
+        lambda x: jax.vjp(unit, x)[1](jnp.float32(normal(np.random.default_rng(1), 3, 4)))
+    )
+    expected = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for scale in (1e-25, 1e-7, 1e25):
+        np.testing.assert_allclose(unit(jnp.float32(scale) * x), expected, rtol=1e-5)
+        np.testing.assert_allclose(run(scale * x)[0] * scale, run(x)[0], rtol=1e-4, atol=1e-6)
+    for scale in (0, 1e-37):
+        assert not np.any(unit(jnp.float32(scale) * x))
+        assert np.all(np.isfinite(run(jnp.float32(scale) * x)[0]))
+    assert np.isnan(unit(jnp.array([[np.nan, 1.0]]))).all()
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_numbers_are_checked_where_they_are_known(zero):
+    def check(value):
+        return positive(value, "loss", "rate", zero=zero)
+
+    what = "not be negative" if zero else "be positive"
+    for value in (-1, jnp.float32(-1), np.float32(-1)):
+        with pytest.raises(ValueError, match=rf"loss: rate=-1\.0 must {what}"):
+            check(value)
+    for value in (jnp.ones(1), np.ones((2, 1))):
+        with pytest.raises(ValueError, match=r"loss: rate has shape .*; give one number"):
+            check(value)
+    with pytest.raises(ValueError, match="give one number"):
+        jax.eval_shape(check, jnp.ones(2))
+    jax.eval_shape(check, jnp.float32(-1))
+    if zero:
+        assert float(check(jnp.float32(0))) == check(0) == 0
+    else:
+        with pytest.raises(ValueError, match=r"rate=0\.0 must be positive"):
+            check(jnp.float32(0))
 
 
 def test_labels_outside_are_nan():

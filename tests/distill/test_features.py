@@ -93,6 +93,23 @@ def test_heads_learn_what_the_teacher_shows(descend, key):
     assert np.all(scale < -3)
 
 
+def test_factors_of_any_scale():
+    s, t = draw(3, 4), draw(3, 4)
+    loss = jax.jit(jax.value_and_grad(distill.factor_transfer))
+    value, grad = loss(s, t)
+    again, other = loss(1e-7 * s, 1e-9 * t)
+    assert float(again) == pytest.approx(float(value), rel=1e-5)
+    np.testing.assert_allclose(1e-7 * other, grad, rtol=1e-4, atol=1e-6)
+    value, grad = loss(s, s)
+    assert float(value) == 0 and not np.any(grad)
+
+
+def test_a_power_of_one_has_no_slope_at_zero():
+    x = jnp.array([[[1.0, 0.0], [2.0, 3.0]]])
+    grad = jax.grad(lambda s: distill.attention(s, x[:, ::-1], power=1))(x)
+    assert grad[0, 0, 1] == 0 and np.all(grad[0, [0, 1, 1], [0, 0, 1]] != 0)
+
+
 def test_features_are_checked():
     x = jnp.ones((2, 3, 4))
     with pytest.raises(ValueError, match="with the same B and number of axes"):
@@ -121,6 +138,12 @@ def test_heads_are_checked(key):
         distill.project(distill.projection(key, 4, 5, window=(3, 3)), jnp.ones((2, 4, 4)))
     with pytest.raises(ValueError, match=r"like has shape \(2, 5\), the projection \(2, 3, 5\)"):
         distill.project(head, jnp.ones((2, 3, 4)), like=jnp.ones((2, 5)))
+    for wrong, name in (({}, "kernel"), ({"kernel": head["kernel"]}, "bias"), (({},), "kernel")):
+        with pytest.raises(ValueError, match=f"project: .*'{name}'.*distill.projection makes"):
+            distill.project(wrong, jnp.ones((2, 4)))
+    for wrong in ((), None):
+        with pytest.raises(ValueError, match=r"distill.projection or distill.translator makes one"):
+            distill.project(wrong, jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="inputs=0 must be at least 1"):
         distill.projection(key, 0, 5)
 

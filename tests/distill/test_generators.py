@@ -163,5 +163,9 @@ def test_what_does_not_fit_is_named(key):
         generated(params, noise, LABELS[:2])
     with pytest.raises(TypeError, match="labels is float32"):
         generated(params, noise, jnp.zeros(3))
+    with pytest.raises(
+        ValueError, match=r"generated: .*'output', given is \[\]; distill.generator"
+    ):
+        generated({}, noise)
     with pytest.raises(ValueError, match=r"norm='group' is none of"):
         generated(params, noise, LABELS, norm="group")

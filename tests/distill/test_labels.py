@@ -97,6 +97,30 @@ def test_correlation_sees_no_scale_of_probabilities():
     assert float(correlate(s, -t, 1.0, 0.0)) == pytest.approx(4 / 3, abs=1e-6)
 
 
+def test_correlation_sees_the_classes_that_a_sure_teacher_leaves():
+    s, t = (np.asarray(logits(4, 9), np.float64) for _ in range(2))
+    t[:, 0] += 40
+    columns = []
+    for c in range(9):
+        p, q = (np.array([softmax(row)[c] for row in x]) for x in (t, s))
+        columns.append(1 - np.corrcoef(p, q)[0, 1] if c else 1)
+    value, grad = jax.jit(jax.value_and_grad(correlate))(jnp.float32(s), jnp.float32(t), 0.0, 1.0)
+    # The sure class is one to the last digit, and constant: it counts one half.
+    columns[0] = 0.5
+    assert float(value) == pytest.approx(np.mean(columns), rel=1e-4)
+    assert np.abs(grad).max() > 1e-3
+
+
+def test_constant_columns_have_no_correlation():
+    s, where = logits(4, 3), jnp.array([True, True, True, False])
+    one = jnp.repeat(logits(1, 3), 4, axis=0).at[3].set(jnp.nan)
+    run = jax.jit(lambda s, t: distill.dist(s, t, beta=0, where=where))
+    # Rounding of their mean is none either.
+    for shift in range(5):
+        assert float(run(one + shift, one + shift)) == 0
+        assert float(run(one + shift, s)) == pytest.approx(0.5, rel=1e-6)
+
+
 def means(z, b):
     return np.mean(np.apply_along_axis(softmax, -1, np.asarray(z + b[None], np.float64)), axis=0)
 
@@ -150,8 +174,46 @@ def test_offsets_that_are_not_found_are_heard():
         distill.bias_correction(z, jnp.full(2, 0.5))
 
 
+def test_distributions_are_checked_where_they_are_known():
+    z = jnp.zeros((2, 3))
+    good = np.float32([[0.5, 0.5, 0], [0.2, 0.2, 0.6]])
+    for bad, message in (
+        ([0.5, 0.4, 0], r"labels at \[1\] sum to 0.9, the least is 0; give distributions"),
+        ([1.5, -0.5, 0], r"labels at \[1\] sum to 1, the least is -0.5"),
+        ([np.nan, 1, 0], r"labels at \[1\] sum to nan"),
+    ):
+        labels = np.stack([good[0], np.float32(bad)])
+        with pytest.raises(ValueError, match=message):
+            distill.cross_entropy(z, jnp.asarray(labels))
+        assert jax.eval_shape(distill.cross_entropy, z, labels).shape == ()
+        masked = distill.cross_entropy(z, labels, where=np.array([True, False]))
+        assert float(masked) == pytest.approx(np.log(3), rel=1e-5)
+    for labels in (good, good.tolist(), jnp.asarray(good, jnp.bfloat16)):
+        assert float(distill.cross_entropy(z, jnp.asarray(labels))) > 0
+
+
+def test_labels_of_impossible_classes_cost_much():
+    z, labels = jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.array([0])
+    run = jax.jit(jax.value_and_grad(distill.cross_entropy))
+    for y in (labels, jnp.eye(3)[labels]):
+        value, grad = run(z, y)
+        assert float(value) == pytest.approx(np.log(2), rel=1e-6)
+        np.testing.assert_allclose(grad, [[-0.5, 0.5, 0]], atol=1e-6)
+    for value, grad in (
+        run(z, jnp.array([2])),
+        jax.value_and_grad(lambda z: distill.cross_entropy(z, labels, smoothing=0.1))(z),
+    ):
+        assert 1e28 < float(value) < np.inf and np.all(np.isfinite(grad))
+
+
 def test_labels_are_checked():
     z = jnp.ones((2, 3))
+    for name in ("alpha", "beta"):
+        with pytest.raises(ValueError, match=rf"decoupled: {name}=-1\.0 must not be negative"):
+            distill.decoupled(z, z, jnp.zeros(2, int), **{name: -1})
+    for name in ("beta", "gamma"):
+        with pytest.raises(TypeError, match=rf"dist: {name}='1' is no number"):
+            distill.dist(z, z, **{name: "1"})
     for labels in (jnp.ones((2, 3), int), jnp.ones(2), jnp.ones((2, 4))):
         with pytest.raises(ValueError, match=r"give whole numbers \(2,\), or floats \(2, 3\)"):
             distill.cross_entropy(z, labels)

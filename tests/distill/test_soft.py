@@ -88,6 +88,19 @@ def test_tokens_and_their_masks():
     assert float(loss(s, t)) == pytest.approx(np.sum(scale * each) / scale.sum(), rel=1e-5)
 
 
+def test_weights_of_what_is_masked_are_never_seen():
+    s, t, where = logits(3, 5), logits(3, 5), jnp.array([True, False, True])
+    # Not compiled: XLA makes a product with a mask a choice.
+    weights = jnp.array([2.0, jnp.nan, 1.0])
+    value, slope = jax.value_and_grad(lambda w: distill.logit_mse(s, t, where=where, weights=w))(
+        weights
+    )
+    expected = distill.logit_mse(s, t, weights=jnp.array([2.0, 0, 1]))
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    assert slope[1] == 0 and np.all(np.isfinite(slope))
+    assert np.isnan(distill.logit_mse(s, t, weights=weights))
+
+
 def test_options_are_checked():
     x = jnp.ones((2, 3))
     for error, message, options in (

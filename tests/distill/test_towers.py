@@ -130,6 +130,8 @@ def test_directions_against_float64():
 
 def test_equal_and_zero_directions():
     student = normal(RNG, 5, 2, 3)
+    value, grads = finite(point, 1e-7 * student, -1e-9 * student, where=WHERE)
+    np.testing.assert_allclose(value, 2, rtol=1e-6)
     for teacher, expected in ((student, 0), (-student, 2), (0 * student, 0.5)):
         value, grads = finite(point, student, teacher, where=WHERE)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
