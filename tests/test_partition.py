@@ -205,3 +205,12 @@ def test_our_optimizers_refuse_codes(make):
     }[make]
     with pytest.raises(TypeError, match=rf"{make}: w.mask is uint8.*partition"):
         tx.init(small)
+
+
+def test_paths_that_stay_are_not_trained():
+    tree = {"embed": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.ones(2)}}
+    trainable, rest = jom.partition(tree, fixed="embed/.*")
+    assert trainable["embed"]["kernel"] is None and rest["embed"]["kernel"].shape == (3,)
+    assert jax.tree.leaves(jom.combine(trainable, rest))[0].shape == (3,)
+    with pytest.raises(ValueError, match=r"fixed='embd/.\*' matches no path; they are embed/"):
+        jom.partition(tree, fixed="embd/.*")
