@@ -11,6 +11,7 @@ from . import _dispatch as _dispatch
 from . import _dispatch_stored as _dispatch_stored
 from . import artifact as artifact
 from . import codebook as codebook
+from . import distill as distill
 from . import kernels as kernels
 from . import prune as prune
 from . import quant as quant

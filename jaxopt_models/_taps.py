@@ -26,7 +26,8 @@ def taps(fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     A name is one of
 
     * the path of a parameter, ``"ip1/kernel"``: what the operation that uses it returns;
-    * a name scope, ``"ip1"`` or the end of a longer one: what leaves it. linen modules, and
+    * a name scope, ``"ip1"`` or the end of a longer one: what leaves it and is read outside (if
+      there is nothing of that kind, what is returned from it). linen modules, and
       `jax.named_scope`, are scopes; so are names given by `jax.ad_checkpoint.checkpoint_name`;
     * an equation, ``"dot_general:3"``: the fourth of this primitive.
 
@@ -118,12 +119,14 @@ class _Site:
       trail: the equations around it, and itself, by identity.
       label: its name as an equation.
       leaving: by scope which of its outputs leave that scope.
+      returned: those that no equation reads.
     """
 
     eqn: Any
     trail: tuple[int, ...]
     label: str
     leaving: dict[str, list[int]]
+    returned: frozenset[int] = frozenset()
 
 
 def _sites(
@@ -154,7 +157,10 @@ def _sites(
         if name == "name":
             leaving.setdefault(e.params["name"], []).append(0)
         trail = tuple(id(a) for a in (*around, e))
-        found.append(_Site(e, trail, f"{name}:{n}", leaving))
+        returned = frozenset(
+            i for i, v in enumerate(e.outvars) if set(readers.get(v, ())) == {None}
+        )
+        found.append(_Site(e, trail, f"{name}:{n}", leaving, returned))
         if name not in _CLOSED:
             for body in bodies(e):
                 found += _sites(body, (*around, e), counts)
@@ -171,6 +177,10 @@ def _scopes(sites: list[_Site]) -> dict[str, list[tuple[tuple[_Site, int], Any]]
     for s in sites:
         for scope, outs in s.leaving.items():
             found.setdefault(scope, []).extend(((s, i), s.eqn.outvars[i]) for i in outs)
+    # New batch statistics leave a layer beside what the next one reads, for the caller alone.
+    for scope, outs in found.items():
+        read = [out for out in outs if out[0][1] not in out[0][0].returned]
+        found[scope] = read or outs
     return found
 
 

@@ -15,9 +15,10 @@ from .._options import number
 from .._partition import combine
 from ._classification import second
 from ._core import Loss, compiled, descend, pairs, split_loss
-from ._judges import fool_loss, judge_accuracy, judge_loss, judged
+from ._judges import judged
 from ._network import Seen, as_network
 from ._place import Place
+from ._scores import fool_loss, judge_accuracy, judge_loss
 from ._state import Scheme, State, begin, taken_over
 
 
@@ -150,7 +151,7 @@ def adversarial(
             trained=(trained,),
             rest=(taken_over(trained[0], state.rest[0], new),),
             opt=(opt,),
-            memory=jax.lax.stop_gradient(memory),
+            memories=(memory,),
             kept=kept,
             step=state.step + 1,
         )
@@ -171,7 +172,7 @@ def adversarial(
             [teacher],
             optimizers,
             heads=[heads],
-            memory=memory,
+            memories=[memory],
             kept=kept,
             key=key,
             who=who,

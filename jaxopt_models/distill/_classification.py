@@ -56,7 +56,8 @@ def classification(
       where: from a batch to a mask of the leading axes of the logits: padding, for instance.
 
     Returns:
-      The loss `(student, teacher or list, batch) -> (value, metrics)`, metrics ``hard`` and ``soft``.
+      The loss `(student, teacher or list, batch) -> (value, metrics)`; metrics are ``hard`` and
+      ``soft``.
 
     Raises:
       TypeError, ValueError: for weights that are no numbers or negative.

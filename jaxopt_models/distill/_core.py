@@ -138,11 +138,11 @@ def side_by_side(
 
         def total(trained: Any) -> Any:
             seen = []
-            for i, (n, (t, heads), rest) in enumerate(
-                zip(students, trained, state.rest, strict=True)
+            for i, (n, (t, heads), rest, memory) in enumerate(
+                zip(students, trained, state.rest, state.memories, strict=True)
             ):
                 look = n.look(combine(t, rest), batch, learn=True)
-                more = {"heads": heads, "memory": state.memory, "step": state.step}
+                more = {"heads": heads, "memory": memory, "step": state.step}
                 more["key"] = jax.random.fold_in(key, i)
                 seen.append(dataclasses.replace(look, **more))
             still = [Seen(*jax.lax.stop_gradient((s.out, s.taps))) for s in seen]
@@ -151,28 +151,30 @@ def side_by_side(
                 for i, (loss, s) in enumerate(zip(losses, seen, strict=True))
             ]
             values = [value for value, _, _ in found]
-            memory = [m for _, _, m in found if m is not None]
+            # A loss that returns none keeps the one it has.
+            memories = [
+                old if new is None else new
+                for (_, _, new), old in zip(found, state.memories, strict=True)
+            ]
             return sum(values), (
                 [{"loss": value, **metrics} for value, metrics, _ in found],
                 [s.new for s in seen],
-                memory[-1] if memory else state.memory,
+                memories,
             )
 
-        grads, (metrics, new, memory) = jax.grad(total, has_aux=True)(state.trained)
+        grads, (metrics, new, memories) = jax.grad(total, has_aux=True)(state.trained)
         moved = [
             descend(*parts)
             for parts in zip(optimizers, grads, state.opt, state.trained, strict=True)
         ]
         trained = tuple(t for t, _ in moved)
-        rest = [
-            taken_over(t, r, n) for (t, _), r, n in zip(trained, state.rest, new, strict=True)
-        ]
+        rest = [taken_over(t, r, n) for (t, _), r, n in zip(trained, state.rest, new, strict=True)]
         after_step = dataclasses.replace(
             state,
             trained=trained,
             rest=tuple(rest),
             opt=tuple(o for _, o in moved),
-            memory=jax.lax.stop_gradient(memory),
+            memories=tuple(memories),
             step=state.step + 1,
         )
         if after is not None:
@@ -184,17 +186,18 @@ def side_by_side(
         teachers: Any = (),
         *,
         heads: Any = None,
-        memory: Any = None,
+        memories: Any = None,
         kept: dict[str, Any] | None = None,
         key: jax.Array | None = None,
     ) -> State:
         heads = [None] * len(students) if heads is None else heads
+        memories = [None] * len(students) if memories is None else memories
         state = begin(
             students,
             teachers,
             optimizers,
             heads=heads,
-            memory=memory,
+            memories=memories,
             kept=kept,
             key=key,
             who=who,

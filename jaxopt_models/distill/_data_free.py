@@ -16,8 +16,8 @@ from .._options import whole
 from .._partition import combine
 from ._core import Loss, compiled, descend, pairs, split_loss
 from ._generators import generated
-from ._inversion import Inversions, draw, empty, put
-from ._network import Seen, as_network
+from ._inversion import Inversions
+from ._network import as_network
 from ._place import Place
 from ._state import Scheme, State, begin, taken_over
 
@@ -67,7 +67,7 @@ def data_free(
       batch: images in each batch.
       noise: length of `z`, standard normal.
       classes: number of classes, drawn uniformly; ``None`` for no labels.
-      student_steps: of the student in each step.
+      student_steps: of the student in each step; the program grows with it.
       generator_steps: of the generator in each step.
       memory: number of generated images that are kept; 0 for none.
       heads_optimizer: another one for heads; default: the same.
@@ -130,9 +130,7 @@ def data_free(
     ) -> Any:
         t, heads = trained
         seen = network.look(combine(t, state.rest[0]), batch, learn=True)
-        seen = dataclasses.replace(
-            seen, heads=heads, memory=state.memory, step=state.step, key=key
-        )
+        seen = dataclasses.replace(seen, heads=heads, memory=state.memory, step=state.step, key=key)
         return seen, master.look(masters[0], batch, learn=learn)
 
     def imagine_better(masters: Any, state: State, key: jax.Array) -> tuple[State, Any]:
@@ -151,15 +149,15 @@ def data_free(
     def learn(masters: Any, state: State, key: jax.Array) -> tuple[State, Any]:
         keys = jax.random.split(key, 3)
         kept = state.kept
+        x, y = imagine(kept["generator"], keys[0], batch - batch // 2 if room else batch)
         if room:
-            x, y = imagine(kept["generator"], keys[0], batch - batch // 2)
-            inversions = put(kept["inversions"], x, y)
-            old_x, old_y = draw(keys[1], inversions, batch // 2)
-            x = jnp.concatenate([x, old_x])
-            y = None if y is None else jnp.concatenate([y, old_y])
-            kept = kept | {"inversions": inversions}
-        else:
-            x, y = imagine(kept["generator"], keys[0])
+            new = {"images": x} if y is None else {"images": x, "labels": y}
+            # Filled together, so that one key draws the same places of both rings.
+            rings = {name: kept["inversions"][name].put(v) for name, v in new.items()}
+            old = {name: ring.draw(keys[1], batch // 2) for name, ring in rings.items()}
+            x = jnp.concatenate([x, old["images"]])
+            y = None if y is None else jnp.concatenate([y, old["labels"]])
+            kept = kept | {"inversions": rings}
         made = jax.lax.stop_gradient((x, y))
 
         def of(trained: Any) -> Any:
@@ -175,7 +173,7 @@ def data_free(
             trained=(trained,),
             rest=(taken_over(trained[0], state.rest[0], new),),
             opt=(opt,),
-            memory=jax.lax.stop_gradient(memory),
+            memories=(memory,),
             kept=kept,
         )
         return after, metrics
@@ -192,7 +190,9 @@ def data_free(
         ):
             if times:
                 keys = jax.random.split(jax.random.fold_in(key, i), times)
-                moving, found = jax.lax.scan(functools.partial(inner, masters), moving, keys)
+                # Unrolled: in a loop XLA computes convolutions on a CPU twenty times slower.
+                one = functools.partial(inner, masters)
+                moving, found = jax.lax.scan(one, moving, keys, unroll=True)
                 metrics |= {name: jnp.mean(v) for name, v in found.items()}
         return dataclasses.replace(moving, teachers=masters, step=state.step + 1), metrics
 
@@ -208,13 +208,15 @@ def data_free(
         kept = {"generator": generator, "generator_opt": generator_txs[0].init(generator)}
         if room:
             x, y = jax.eval_shape(imagine, generator, jax.random.key(0))
-            kept["inversions"] = empty(room, x.shape[1:], labelled=y is not None)
+            kept["inversions"] = {"images": Inversions.empty(room, x.shape[1:], dtype=x.dtype)}
+            if y is not None:
+                kept["inversions"]["labels"] = Inversions.empty(room, (), dtype=y.dtype)
         state = begin(
             [student],
             [teacher],
             optimizers,
             heads=[heads],
-            memory=memory,
+            memories=[memory],
             kept=kept,
             key=key,
             who=who,

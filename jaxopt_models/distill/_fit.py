@@ -246,7 +246,9 @@ class _Run:
             values = [np.ravel(found[name]) for name in self.order]
             self.sums += [*np.concatenate(values), 1.0] if values else [1.0]
         self.pending = []
-        if wrong := [n for n, v in zip(self.columns, self.sums, strict=False) if not np.isfinite(v)]:
+        if wrong := [
+            n for n, v in zip(self.columns, self.sums, strict=False) if not np.isfinite(v)
+        ]:
             raise FloatingPointError(
                 f"fit: {wrong[0]} was not finite before step {done}; try a smaller rate, or "
                 "optax.clip_by_global_norm before the optimizer. The last checkpoint stands"

@@ -70,6 +70,31 @@ def indices(labels: Any, shape: Sequence[int], who: str, name: str = "labels") -
     return labels
 
 
+def mask(where: Any, shape: Sequence[int], who: str, name: str = "where") -> jax.Array:
+    """Returns booleans of a given shape; all true for `None`.
+
+    Raises:
+      TypeError: if a mask is neither boolean nor of whole numbers.
+      ValueError: if its shape is another.
+    """
+    if where is None:
+        return jnp.ones(tuple(shape), bool)
+    where = _truths(where, who, name)
+    if where.shape != tuple(shape):
+        raise ValueError(f"{who}: {name}= has shape {where.shape}; give {tuple(shape)}")
+    return where
+
+
+def only(x: jax.Array, where: Any, who: str) -> jax.Array:
+    """Returns an array with zeros where a mask of its leading axes is false, if there is one.
+
+    What a loss computes from NaN of padding hands NaN to derivatives, masked later or not.
+    """
+    if where is None:
+        return x
+    return jnp.where(_leading(_truths(where, who, "where"), x, who, "where"), x, 0)
+
+
 def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
     r"""Returns `sum(m w v) / sum(m w)` over all entries; 0 where nothing counts.
 
@@ -86,18 +111,34 @@ def mean(values: jax.Array, who: str, *, where: Any = None, weights: Any = None)
     """
     if where is None and weights is None:
         return jnp.mean(values) if values.size else jnp.zeros((), values.dtype)
-    scale = jnp.ones(values.shape, values.dtype)
-    if weights is not None:
-        scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
-    if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
-            raise TypeError(f"{who}: where= is {where.dtype}; give booleans, or 0 and 1")
-        scale = scale * _leading(where != 0, values, who, "where").astype(values.dtype)
+    scale = counts(values, who, where=where, weights=weights)
     # A product with zero would keep NaN, and hand it to the derivative.
     values = jnp.where(scale > 0, values, 0)
     total = jnp.sum(scale)
     return jnp.sum(scale * values) / jnp.where(total > 0, total, 1)
+
+
+def counts(values: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
+    """Returns how much each entry counts: `m w` of :func:`mean`, in the shape of ``values``."""
+    scale = jnp.ones(values.shape, values.dtype)
+    if weights is not None:
+        scale = scale * _leading(jnp.asarray(weights, values.dtype), values, who, "weights")
+    if where is not None:
+        where = _truths(where, who, "where")
+        scale = scale * _leading(where, values, who, "where").astype(values.dtype)
+    return scale
+
+
+def channel_means(x: jax.Array, who: str, *, where: Any = None, weights: Any = None) -> jax.Array:
+    """Returns the means of `[..., C]` over all axes but the last, as :func:`mean` takes them."""
+    return jax.vmap(lambda v: mean(v, who, where=where, weights=weights), in_axes=-1)(x)
+
+
+def _truths(where: Any, who: str, name: str) -> jax.Array:
+    where = jnp.asarray(where)
+    if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
+        raise TypeError(f"{who}: {name}= is {where.dtype}; give booleans, or 0 and 1")
+    return where != 0
 
 
 def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
@@ -113,6 +154,11 @@ def rows(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
 
 
+def magnitude(x: jax.Array) -> jax.Array:
+    """Returns `|x|` with a derivative of zero at zero, where that of `jnp.abs` is one."""
+    return x * jnp.sign(x)
+
+
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """Returns vectors of length one; zero ones stay zero and have derivative zero."""
     square = jnp.sum(x * x, axis=axis, keepdims=True)
@@ -120,25 +166,29 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     return jnp.where(square > EPSILON, x * jax.lax.rsqrt(safe), 0)
 
 
-def blank(x: jax.Array, where: Any, who: str) -> jax.Array:
-    """Returns an array that is zero outside a mask of its leading axes.
+def scaled(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Array:
+    """Returns `x` over its largest magnitude, a constant to derivatives.
 
-    What is left out may then be anything: through a loss, NaN would reach the derivative
-    although its value does not count.
+    For what does not depend on the scale of `x`: powers of small entries do not vanish then.
     """
-    if where is None:
-        return x
-    return jnp.where(_leading(jnp.asarray(where), x, who, "where") != 0, x, 0)
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    return x / jnp.where(top > 0, top, 1)
+
+
+def inside(labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
+    """Says which labels name a class, and returns them with 0 in the place of others."""
+    valid = (labels >= 0) & (labels < classes)
+    return valid, jnp.where(valid, labels, 0)
 
 
 def positive(value: Any, who: str, name: str) -> Any:
-    """Returns a positive number; traced ones, scheduled or learned, pass unchecked.
+    """Returns a positive number; arrays, scheduled or learned, pass unchecked.
 
     Raises:
       TypeError: if it is no number.
       ValueError: if it is not positive.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array):
         return value
     found = number(value, f"{who}: {name}")
     if found <= 0:

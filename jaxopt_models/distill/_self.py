@@ -15,7 +15,7 @@ from .._options import number, portion
 from .._partition import combine
 from ._classification import second
 from ._core import Loss, pairs, side_by_side
-from ._features import project, projection
+from ._heads import project, projection
 from ._labels import cross_entropy
 from ._network import Network, Seen, as_network
 from ._place import Place
@@ -106,7 +106,7 @@ def self_taught(
     )
 
     def init(params: Any, *, heads: Any = None, memory: Any = None, key: Any = None) -> State:
-        state = scheme.init([params], heads=[heads], memory=memory, key=key)
+        state = scheme.init([params], heads=[heads], memories=[memory], key=key)
         if decay is None:
             return state
         average = jax.tree.map(jnp.copy, state.trained[0][0])

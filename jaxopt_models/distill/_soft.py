@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._options import flag
-from ._reduce import blank, mean, pair, positive
+from ._divergence import relative_entropy, soften, to_middle
+from ._reduce import mean, only, pair, positive
 
 
 def kd(
@@ -69,7 +70,7 @@ def kd(
         raise ValueError(f"kd: divergence={divergence!r} is none of 'forward', 'reverse', 'js'")
     temperature = positive(temperature, "kd", "temperature")
     student, teacher = pair(student, teacher, "kd")
-    student, teacher = blank(student, where, "kd"), blank(teacher, where, "kd")
+    student, teacher = only(student, where, "kd"), only(teacher, where, "kd")
     p, q, ratio = soften(student, teacher, temperature)
     if divergence == "forward":
         values = relative_entropy(p, q, ratio)
@@ -77,8 +78,8 @@ def kd(
         values = relative_entropy(q, p, -ratio)
     else:
         middle = (p + q) / 2
-        values = relative_entropy(p, middle, _to_middle(ratio)) / 2
-        values += relative_entropy(q, middle, _to_middle(-ratio)) / 2
+        values = relative_entropy(p, middle, to_middle(ratio)) / 2
+        values += relative_entropy(q, middle, to_middle(-ratio)) / 2
     return temperature**2 * mean(values, "kd", where=where, weights=weights)
 
 
@@ -122,60 +123,8 @@ def logit_mse(
       <https://arxiv.org/abs/1312.6184>`_, 2014
     """
     student, teacher = pair(student, teacher, "logit_mse")
-    difference = blank(student, where, "logit_mse") - blank(teacher, where, "logit_mse")
+    difference = only(student, where, "logit_mse") - only(teacher, where, "logit_mse")
     if flag(centred, "logit_mse: centred"):
         difference -= jnp.mean(difference, axis=-1, keepdims=True)
     values = jnp.mean(difference**2, axis=-1)
     return mean(values, "logit_mse", where=where, weights=weights)
-
-
-def soften(
-    student: jax.Array, teacher: jax.Array, temperature: ArrayLike = 1.0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns `p_t`, `p_s` and `log p_s - log p_t`, which is exact where both are alike."""
-
-    def normalised(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-        e = jnp.exp((z - top) / temperature)
-        total = jnp.sum(e, axis=-1, keepdims=True)
-        return e / total, top, jnp.log(total)
-
-    p, top_t, log_t = normalised(teacher)
-    q, top_s, log_s = normalised(student)
-    ratio = ((student - teacher) - (top_s - top_t)) / temperature - (log_s - log_t)
-    # At high temperatures the ratios are smaller than the rounding of the two logarithms, which
-    # is the same for a whole row: sum(q) - sum(p), zero by definition, shows how much it is.
-    near = jnp.abs(ratio) < 1
-    excess = jnp.where(near, p * jnp.expm1(jnp.where(near, ratio, 0)), q - p)
-    return p, q, ratio - jax.lax.stop_gradient(jnp.sum(excess, axis=-1, keepdims=True))
-
-
-def relative_entropy(p: jax.Array, q: jax.Array, ratio: jax.Array) -> jax.Array:
-    r"""Returns the divergence of `p` from `q` over the last axis, given :math:`\log(q/p)`.
-
-    Since both sum to one it is :math:`\sum_c p_c (e^{r_c} - 1 - r_c)`, whose terms are not
-    negative: nothing cancels.
-    """
-    near = jnp.abs(ratio) < 1
-    terms = jnp.where(near, p * _excess(jnp.where(near, ratio, 0)), q - p - p * ratio)
-    return jnp.sum(terms, axis=-1)
-
-
-@jax.custom_jvp
-def _excess(x: jax.Array) -> jax.Array:
-    """Returns `exp(x) - 1 - x`, with all digits near 0."""
-    series = jnp.ones_like(x)
-    for k in range(11, 2, -1):
-        series = 1 + x / k * series
-    return jnp.where(jnp.abs(x) < 0.1, x * x / 2 * series, jnp.expm1(x) - x)
-
-
-@_excess.defjvp
-def _excess_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
-    (x,), (dx,) = primals, tangents
-    return _excess(x), jnp.expm1(x) * dx
-
-
-def _to_middle(ratio: jax.Array) -> jax.Array:
-    """Returns `log((1 + exp(ratio)) / 2)`, with all digits near 0."""
-    return jnp.maximum(ratio, 0) + jnp.log1p(jnp.expm1(-jnp.abs(ratio)) / 2)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import optax
 from jax.sharding import Mesh
 
 from ._core import Loss, pairs, side_by_side

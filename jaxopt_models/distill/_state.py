@@ -38,7 +38,7 @@ class State:
       rest: for each student the rest of its parameters: codes, masks, batch statistics, counters.
       opt: the optimizer's state, for each student that of its parameters and of its heads.
       teachers: the teachers' parameters, which no step changes.
-      memory: what the loss keeps.
+      memories: what each student's loss keeps.
       kept: what the scheme keeps besides, by name: averages, judges, generators.
       key: the random key of the whole training.
       step: number of steps done.
@@ -48,7 +48,7 @@ class State:
     rest: tuple[Any, ...]
     opt: tuple[Any, ...]
     teachers: tuple[Any, ...]
-    memory: Any
+    memories: tuple[Any, ...]
     kept: dict[str, Any]
     key: jax.Array
     step: jax.Array
@@ -68,6 +68,11 @@ class State:
         """The heads of the (first) student."""
         return self.trained[0][1]
 
+    @property
+    def memory(self) -> Any:
+        """What the loss of the (first) student keeps."""
+        return self.memories[0]
+
     def moving(self) -> State:
         """The same without the teachers: what is donated, and saved in checkpoints."""
         return dataclasses.replace(self, teachers=())
@@ -79,7 +84,7 @@ def begin(
     optimizers: Sequence[tuple[Any, Any]],
     *,
     heads: Sequence[Any],
-    memory: Any = None,
+    memories: Sequence[Any],
     kept: dict[str, Any] | None = None,
     key: jax.Array | None = None,
     who: str,
@@ -111,7 +116,7 @@ def begin(
     if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
         raise TypeError(f"{who}: key={key!r:.60} is no random key; pass jax.random.key(0)")
     state = State(
-        tuple(trained), tuple(rest), tuple(opt), (), memory, kept or {}, key, jnp.int32(0)
+        tuple(trained), tuple(rest), tuple(opt), (), tuple(memories), kept or {}, key, jnp.int32(0)
     )
     # A copy, since steps give up their state and the trees belong to the caller.
     state = jax.tree.map(jnp.copy, state)

@@ -191,6 +191,6 @@ def load_stored(path: str | os.PathLike[str]) -> np.ndarray | TopK:
     if "indices" not in tree:
         return values
     classes, at = int(tree["classes"]), np.asarray(tree["indices"])
-    if at.shape != values.shape or math.prod(at.shape) and int(at.max()) >= classes:
+    if at.shape != values.shape or (math.prod(at.shape) and int(at.max()) >= classes):
         raise ValueError(f"{os.fspath(path)}: classes and indices do not fit")
     return TopK(values, at, classes)

@@ -67,7 +67,7 @@ def teacher_student(
       >>> for _ in range(8):
       ...     state, metrics = scheme.step(state, jnp.eye(2))
       >>> print(f"{float(metrics['loss']):.5f}", state.student["w"].ravel().round(2))
-      0.00002 [1. 1.]
+      0.00006 [1. 1.]
 
     References:
       Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network
@@ -90,7 +90,7 @@ def teacher_student(
         student: Any, teacher: Any, *, heads: Any = None, memory: Any = None, key: Any = None
     ) -> State:
         params = _listed(teacher, len(teachers), "teacher_params", who) if several else [teacher]
-        return scheme.init([student], params, heads=[heads], memory=memory, key=key)
+        return scheme.init([student], params, heads=[heads], memories=[memory], key=key)
 
     return Scheme(init, scheme.step)
 
@@ -153,8 +153,8 @@ def joint(
 
     Returns:
       ``(init, step)``: ``init(list_of_student_params, teacher_params, *, heads=None,
-      memory=None, key=None)``, heads as a list for the students; metrics are arrays `[K]`. A
-      trained teacher is the last of ``state.students``.
+      memory=None, key=None)``, heads and memories as lists for the students; metrics are arrays
+      `[K]`. A trained teacher is the last of ``state.students``.
 
     Raises:
       TypeError: as :func:`teacher_student`.
@@ -200,12 +200,15 @@ def joint(
         students: Any, teacher: Any, *, heads: Any = None, memory: Any = None, key: Any = None
     ) -> State:
         students = _listed(students, count, "student_params", who)
-        heads = [None] * count if heads is None else _listed(heads, count, "heads", who)
+        heads, memory = (
+            [None] * count if given is None else _listed(given, count, name, who)
+            for name, given in (("heads", heads), ("memory", memory))
+        )
+        fixed = [teacher]
         if learns:
-            students, heads, fixed = [*students, teacher], [*heads, None], []
-        else:
-            fixed = [teacher]
-        return scheme.init(students, fixed, heads=heads, memory=memory, key=key)
+            students, heads, memory = [*students, teacher], [*heads, None], [*memory, None]
+            fixed = []
+        return scheme.init(students, fixed, heads=heads, memories=memory, key=key)
 
     return Scheme(init, scheme.step)
 
@@ -237,8 +240,8 @@ def mutual(
       axis: the axis of the mesh that divides them.
 
     Returns:
-      ``(init, step)``: ``init(list_of_params, *, heads=None, memory=None, key=None)``; metrics
-      are arrays `[N]`, and ``state.students`` all peers.
+      ``(init, step)``: ``init(list_of_params, *, heads=None, memory=None, key=None)``, heads and
+      memories as lists; metrics are arrays `[N]`, and ``state.students`` all peers.
 
     Raises:
       TypeError: as :func:`teacher_student`.
@@ -274,9 +277,12 @@ def mutual(
     )
 
     def init(peers: Any, *, heads: Any = None, memory: Any = None, key: Any = None) -> State:
-        heads = [None] * count if heads is None else _listed(heads, count, "heads", who)
+        heads, memory = (
+            [None] * count if given is None else _listed(given, count, name, who)
+            for name, given in (("heads", heads), ("memory", memory))
+        )
         peers = _listed(peers, count, "params", who)
-        return scheme.init(peers, heads=heads, memory=memory, key=key)
+        return scheme.init(peers, heads=heads, memories=memory, key=key)
 
     return Scheme(init, scheme.step)
 
