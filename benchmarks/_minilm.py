@@ -34,8 +34,9 @@ class Encoder:
     params: Any
 
     def __call__(self, params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns vectors `[B, 384]`."""
-        return models.MiniLM().apply({"params": params}, ids, mask)
+        """Returns vectors `[B, 384]`, by as many layers as the parameters have."""
+        layers = sum(name.startswith("layers_") for name in params)
+        return models.MiniLM(layers=layers).apply({"params": params}, ids, mask)
 
     @functools.cached_property
     def compiled(self) -> Callable[..., jax.Array]:
@@ -105,19 +106,35 @@ def calibration(
     return [(jnp.asarray(ids[part]), jnp.asarray(mask[part])) for part in parts]
 
 
-def unlabelled() -> Iterator[Tokens]:
-    """Gives batches of training sentences of all domains without end, each of like lengths."""
+@functools.cache
+def pool() -> Tokens:
+    """Reads the training sentences of all domains, without their ratings."""
     texts = [t for domain in DOMAINS for t in sentences(domain).train.texts]
-    ids, mask = models.minilm_tokens(texts, length=LENGTH)
-    lengths, rng, chunk = mask.sum(1), np.random.default_rng(0), 16 * BATCH
+    return models.minilm_tokens(texts, length=LENGTH)
+
+
+def like_lengths(lengths: np.ndarray, *, seed: int = 0) -> Iterator[np.ndarray]:
+    """Gives the rows of batches of sentences without end, each of like lengths."""
+    rng, chunk = np.random.default_rng(seed), 16 * BATCH
     while True:
-        order = rng.permutation(len(ids))
+        order = rng.permutation(len(lengths))
         for start in range(0, len(order) - chunk + 1, chunk):
             part = order[start : start + chunk]
             part = part[np.argsort(lengths[part])].reshape(-1, BATCH)
-            for rows in part[rng.permutation(len(part))]:
-                longest = -(-int(lengths[rows].max()) // 16) * 16
-                yield ids[rows, :longest], mask[rows, :longest]
+            yield from part[rng.permutation(len(part))]
+
+
+def cut(tokens: Tokens, rows: np.ndarray) -> Tokens:
+    """Returns some sentences, without the padding that none of them needs."""
+    ids, mask = tokens
+    longest = -(-int(mask[rows].sum(1).max()) // 16) * 16
+    return ids[rows, :longest], mask[rows, :longest]
+
+
+def unlabelled() -> Iterator[Tokens]:
+    """Gives batches of training sentences of all domains without end, each of like lengths."""
+    for rows in like_lengths(pool()[1].sum(1)):
+        yield cut(pool(), rows)
 
 
 def tuned(small: Any, bits: int, *, steps: int, key: jax.Array, rate: float = 1e-4) -> Any:

@@ -9,6 +9,7 @@ from . import (
     _distilled_recovery,
     _distilled_schemes,
     _distilled_times,
+    _distilled_towers,
 )
 from ._rows import Row
 
@@ -19,6 +20,7 @@ PARTS = {
     "features": _distilled_features,
     "recovery": _distilled_recovery,
     "times": _distilled_times,
+    "towers": _distilled_towers,
 }
 
 
