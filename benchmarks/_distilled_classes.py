@@ -117,13 +117,15 @@ def rows(*, quick: bool) -> list[Row]:
             f"{few}, KD on mixed images, points above labels alone", gap("kd_mixed"), ">= 1.2"
         ),
         mean_row(
-            "the same with 20,000 images without labels, points above labels alone",
+            "784-64-10, KD on 20,000 images without labels, points above 2,000 labels alone",
             gap("unlabelled"),
             ">= 2.8",
         ),
-        mean_row("no image of class 3: recall of it, as trained", column("recall")),
+        mean_row("784-64-10, KD without an image of class 3: recall of it", column("recall")),
         mean_row(
-            "and after bias correction, images without labels", column("corrected"), ">= 0.85"
+            "784-64-10, KD without an image of class 3, bias corrected: recall of it",
+            column("corrected"),
+            ">= 0.85",
         ),
-        mean_row("and the accuracy of all classes then, in %", column("all")),
+        mean_row("784-64-10, the same: accuracy of all classes in %", column("all")),
     ]
