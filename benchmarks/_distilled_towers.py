@@ -178,7 +178,7 @@ def rows(*, quick: bool) -> list[Row]:
         ),
         # One image of one seed is 0.3.
         mean_row(
-            "stamps, caption among the best 5: points that captions as teachers are above categories",
+            "stamps, caption among the best 5: points that captions teach more than categories",
             gaps,
             ">= 0.1",
         ),
