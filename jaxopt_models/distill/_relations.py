@@ -216,7 +216,11 @@ def _pairs(use: jax.Array) -> jax.Array:
 def _differences(x: jax.Array) -> jax.Array:
     """Returns `x_i - x_j` at `[j, i]`, over the largest entry: what follows has no scale."""
     x = scaled(x)
-    return x[None] - x[:, None]
+    apart = x[None] - x[:, None]
+    # XLA may compute a value twice and round it differently: equal rows are not quite apart then,
+    # and their direction would be made of rounding alone.
+    largest = jnp.max(jnp.abs(apart), axis=-1, keepdims=True)
+    return jnp.where(largest > 8 * jnp.finfo(x.dtype).eps, apart, 0)
 
 
 def _huber(x: jax.Array) -> jax.Array:

@@ -160,8 +160,9 @@ def test_degenerate_points_have_finite_derivatives(name):
         # Others see two widths of the same features.
         alike = a is b and (name not in RELATED or at in ("zeros", "of both"))
         if alike and name not in NOT_ZERO:
-            # Others divide by lengths, and round twice.
-            least, slope = (0, 0) if name in EXACT else (1e-14, 1e-6)
+            # Others divide by lengths, and round twice; the first power has a slope at once.
+            least, slope = (0, 0) if name in EXACT else (1e-12, 1e-6)
+            least, slope = (1e-7, 1) if name == "factor_transfer" else (least, slope)
             assert 0 <= value <= least, at
             assert max(np.abs(g).max() for g in grads) <= slope, at
 
