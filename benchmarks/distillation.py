@@ -6,6 +6,7 @@ from . import (
     _distilled_classes,
     _distilled_features,
     _distilled_free,
+    _distilled_minilm,
     _distilled_recovery,
     _distilled_schemes,
     _distilled_times,
@@ -19,6 +20,7 @@ PARTS = {
     "free": _distilled_free,
     "features": _distilled_features,
     "recovery": _distilled_recovery,
+    "minilm": _distilled_minilm,
     "times": _distilled_times,
     "towers": _distilled_towers,
 }
