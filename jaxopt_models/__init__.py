@@ -13,6 +13,7 @@ from . import artifact as artifact
 from . import codebook as codebook
 from . import distill as distill
 from . import kernels as kernels
+from . import parallel as parallel
 from . import prune as prune
 from . import quant as quant
 from ._accelerate import accelerate as accelerate

@@ -78,10 +78,30 @@ class Coded(Encoded):
             and local[n + self.out[-1]] % self.shared
         ):
             return None
-        if is_encoded(self.meaning):
-            return None  # scales that are encoded themselves are not divided
         rest = {k: meaning for k in self.parts() if k != "codes"}
+        if is_encoded(self.meaning):
+            inside = self.meaning.specs(meaning, self._meaning_shape(local[:n], local[n:]))
+            if inside is None:
+                return None
+            rest[self.trainable[0]] = inside
         return dataclasses.replace(self, codes=PartitionSpec(*planes), **rest)
+
+    def _meaning_shape(self, stack: tuple[int, ...], core: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of :attr:`meaning` in the leaf of a shard."""
+        outputs = [core[a] for a in self.out]
+        if outputs:
+            outputs[-1] //= self.shared
+        whole, shard = (Matrix(c, self.out).rows for c in (self.core, core))
+        last = self.meaning.shape[-1]
+        return (*stack, *outputs, last if last == 1 else last * shard // whole)
+
+    def resized(self, shape: tuple[int, ...]) -> Encoded:
+        """Returns the leaf of a shard; scales that are encoded themselves are of another shape."""
+        core = tuple(shape[len(shape) - len(self.core) :])
+        inner = {}
+        if is_encoded(self.meaning):
+            inner[self.trainable[0]] = self.meaning.resized(self._meaning_shape(self.stack, core))
+        return dataclasses.replace(self, core=core, **inner)
 
     def _last_spec(self, core: list[Any], local: tuple[int, ...]) -> Any:
         """Returns how the last axis of :attr:`meaning` is divided, if it can be."""

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._axes import Axes
 from ._bits import is_concrete
+from ._divided import division, encode_divided
 from ._encoded import Encoded, Masked, is_encoded, rebuilt
 from ._latent import Latent, holds_latent
 from ._options import Brief
@@ -149,7 +151,27 @@ class Encoder(Brief):
 
     def run(self, w: jax.Array, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Runs :meth:`encode` over the stack axes, compiled once for each shape."""
-        return _run(self, axes, w, keep, stats, key)
+        if (sharding := division(w)) is None:
+            return _run(self, axes, w, keep, stats, key)
+        run = _run_of(axes)
+        return encode_divided(self, run, sharding, axes, w, keep, stats, key)
+
+    def partition(self, spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """Returns how a tensor is best divided while it is encoded.
+
+        Args:
+          spec: how it is divided, an entry for each axis.
+          shape: its shape.
+          axes: resolved roles of its axes.
+
+        Returns:
+          A partition in which :meth:`encode` needs no entry of another shard, or few of them.
+        """
+        return spec
+
+    def over(self, sharding: NamedSharding) -> Encoder:
+        """Returns the encoder that encodes a tensor divided so; it gives the same bits."""
+        return self
 
     def _again(self, old: Encoded, *, axes: Any, keep: Any, stats: Any, key: Any) -> Encoded:
         axes = axes or Axes(stack=len(old.stack))
@@ -207,6 +229,12 @@ def masked(keep: jax.Array, values: Any, stack: int) -> Masked:
     for _ in range(stack):
         of = jax.vmap(of)
     return of(keep, values)
+
+
+@functools.lru_cache(maxsize=64)
+def _run_of(axes: Axes) -> Any:
+    """Returns :func:`_run` for given axes, the same each time: programs are kept by it."""
+    return lambda encoder, *args: _run(encoder, axes, *args)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -9,13 +9,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._axes import Axes, Matrix
 from .._bits import is_concrete, pack_codes, wide_dtype
+from .._divided import on_outputs
 from .._encoder import Encoder
 from .._options import whole, width
 from ._clustered import Clustered
 from ._lloyd import assign, lloyd
+from ._lloyd_divided import lloyd_divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +94,65 @@ class KMeans(Encoder):
         centroids = self._centroids(jnp.asarray(padded), jnp.asarray(n, jnp.int32), key)
         return _clustered(self, w, keep, centroids)
 
+    def partition(self, spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """Divides the outputs, where each has a codebook of its own."""
+        return on_outputs(spec, shape, axes) if self.per == "channel" else spec
+
+    def over(self, sharding: NamedSharding) -> KMeans:
+        """Returns the encoder of one codebook that sorts weights where they lie."""
+        if self.per == "channel":
+            return self
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(KMeans)}
+        return _OverMesh(**options, sharding=sharding)
+
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Clustered:
         """Encodes one core tensor; see :class:`KMeans`."""
-        out = axes.out if self.per == "channel" else ()
-        m = Matrix(tuple(w.shape), out)
+        if self.per == "leaf" or not axes.out:
+            x = _canonical(w)
+            n = jnp.asarray(w.size, jnp.int32)
+            if keep is not None:
+                x, n = jnp.where(keep, x, jnp.inf), jnp.sum(keep, dtype=jnp.int32)
+            first = None if key is None else jax.random.split(key, 1)[0]
+            return _clustered(self, w, keep, self.centroids(x, n, first))
+        m = Matrix(tuple(w.shape), axes.out)
         x = m.view(_canonical(w)).T
-        if keep is None:
-            n = jnp.full((m.columns,), m.rows, jnp.int32)
-        else:
+        n = jnp.full((m.columns,), m.rows, jnp.int32)
+        if keep is not None:
             kept = m.view(keep).T
-            x = jnp.where(kept, x, jnp.inf)
-            n = jnp.sum(kept, axis=1, dtype=jnp.int32)
+            x, n = jnp.where(kept, x, jnp.inf), jnp.sum(kept, axis=1, dtype=jnp.int32)
         keys = None if key is None else jax.random.split(key, m.columns)
-        if out:
-            centroids = jax.vmap(self._centroids)(jnp.sort(x, axis=1), n, keys)
-            centroids = centroids.reshape(*m.out_shape, -1)
-        else:
-            centroids = self._centroids(jnp.sort(x[0]), n[0], key)
-        return _clustered(self, w, keep, centroids, out)
+        centroids = jax.vmap(self._centroids)(jnp.sort(x, axis=1), n, keys)
+        return _clustered(self, w, keep, centroids.reshape(*m.out_shape, -1), axes.out)
+
+    def centroids(self, x: jax.Array, n: jax.Array, key: Any) -> jax.Array:
+        """Returns those of ``n`` values in an array of any shape, all others of which are Inf."""
+        return self._centroids(jnp.sort(x.reshape(-1)), n, key)
 
     def _centroids(self, x: jax.Array, n: jax.Array, key: Any) -> jax.Array:
-        key = key if self.start == "random" else None
-        return lloyd(x, n, key, k=2**self.bits, start=self.start, iterations=self.iterations)
+        return lloyd(x, n, self._key(key), **self._options)
+
+    def _key(self, key: Any) -> Any:
+        return key if self.start == "random" else None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"k": 2**self.bits, "start": self.start, "iterations": self.iterations}
+
+
+@dataclasses.dataclass(frozen=True)
+class _OverMesh(KMeans):
+    """The same, where tensors are divided."""
+
+    sharding: NamedSharding = dataclasses.field(kw_only=True)
+
+    def centroids(self, x: jax.Array, n: jax.Array, key: Any) -> jax.Array:
+        """Finds them where the values lie; stack axes are mapped over."""
+        core = self.sharding.spec[len(self.sharding.spec) - x.ndim :]
+        found = None
+        if any(entry is not None for entry in core):
+            here = NamedSharding(self.sharding.mesh, PartitionSpec(*core))
+            found = lloyd_divided(x, n, self._key(key), here, **self._options)
+        return super().centroids(x, n, key) if found is None else found
 
 
 def _canonical(w: jax.Array) -> jax.Array:

@@ -26,8 +26,8 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
       centroids: sorted, `[k]`.
     """
     method = "compare_all" if centroids.shape[0] <= 32 else "scan"
-    codes = jnp.searchsorted(midpoints(centroids), x.reshape(-1), side="left", method=method)
-    return codes.astype(jnp.int32).reshape(x.shape)
+    codes = jnp.searchsorted(midpoints(centroids), x, side="left", method=method)
+    return codes.astype(jnp.int32)
 
 
 def ordered_sum(x: jax.Array) -> jax.Array:
@@ -45,9 +45,43 @@ def ordered_sum(x: jax.Array) -> jax.Array:
     return x[..., 0]
 
 
+class Sorted:
+    """Sorted values in one place, and what Lloyd's algorithm asks of them.
+
+    Args:
+      x: sorted values, `[size]`, of which the first ``n`` count and the rest are `+inf`.
+      n: number of values that count.
+    """
+
+    def __init__(self, x: jax.Array, n: jax.Array):
+        self.x, self.n, self.dtype = x, n, x.dtype
+        self.size = x.shape[0]
+
+    def at(self, index: jax.Array) -> jax.Array:
+        """Returns the values of these ranks; of a rank beyond the last anything finite."""
+        return self.x[jnp.minimum(index, self.size - 1)]
+
+    def rank(self, values: jax.Array) -> jax.Array:
+        """Returns how many values are at most these."""
+        return jnp.searchsorted(self.x, values, side="right").astype(self.n.dtype)
+
+    def block_sums(self, block: int, rows: int) -> jax.Array:
+        """Returns the sums of ``rows`` blocks of ranks, `[rows]`; 0 beyond the last."""
+        counted = jnp.where(jnp.arange(self.size) < self.n, self.x, jnp.zeros((), self.dtype))
+        blocks = jnp.zeros((rows * block,), self.dtype).at[: self.size].set(counted)
+        return ordered_sum(blocks.reshape(rows, block))
+
+
 @functools.partial(jax.jit, static_argnames=("k", "start", "iterations"))
 def lloyd(
     x: jax.Array, n: jax.Array, key: jax.Array | None, *, k: int, start: str, iterations: int
+) -> jax.Array:
+    """Finds `k` centroids of sorted values by Lloyd's iteration; see :func:`iterate`."""
+    return iterate(Sorted(x, n), key, k=k, start=start, iterations=iterations)
+
+
+def iterate(
+    values: Sorted, key: jax.Array | None, *, k: int, start: str, iterations: int
 ) -> jax.Array:
     """Finds `k` centroids of sorted values by Lloyd's iteration.
 
@@ -57,8 +91,7 @@ def lloyd(
     outliers.
 
     Args:
-      x: sorted values, `[size]`, of which the first ``n`` count and the rest are `+inf`.
-      n: number of values that count.
+      values: the values, wherever they are.
       key: random key for ``start="random"``.
       k: number of centroids.
       start: ``"linear"``, ``"density"`` or ``"random"``.
@@ -68,12 +101,10 @@ def lloyd(
       Sorted centroids `[k]`. If there are at most `k` distinct values, these themselves,
       which makes clustering idempotent.
     """
-    size = x.shape[0]
-    block = 1 << max(7, math.ceil(math.log2(size) / 2))
-    rows = size // block + 2  # one beyond the last boundary, so that it can be read
-    counted = jnp.where(jnp.arange(size) < n, x, jnp.zeros((), x.dtype))
-    blocks = jnp.zeros((rows * block,), x.dtype).at[:size].set(counted).reshape(rows, block)
-    sums = ordered_sum(blocks)
+    n, dtype = values.n, values.dtype
+    block = block_of(values.size)
+    rows = values.size // block + 2  # one beyond the last boundary, so that it can be read
+    sums = values.block_sums(block, rows)
 
     def interval_sums(edges: jax.Array) -> jax.Array:
         first, last = edges[:-1], edges[1:]
@@ -84,51 +115,58 @@ def lloyd(
         def part(row: jax.Array) -> jax.Array:
             at = row[:, None] * block + jnp.arange(block)[None, :]
             inside = (first[:, None] <= at) & (at < last[:, None])
-            return ordered_sum(jnp.where(inside, blocks[row], 0))
+            return ordered_sum(jnp.where(inside, values.at(at), 0))
 
         return ordered_sum(whole) + part(head) + jnp.where(tail > head, part(tail), 0)
 
     def edges_of(centroids: jax.Array) -> jax.Array:
-        inner = jnp.searchsorted(x, midpoints(centroids), side="right")
-        ends = jnp.stack([jnp.zeros_like(n), n])
-        return jnp.concatenate([ends[:1], jnp.minimum(inner.astype(n.dtype), n), ends[1:]])
+        inner = jnp.minimum(values.rank(midpoints(centroids)), n)
+        return jnp.concatenate([jnp.zeros_like(n)[None], inner, n[None]])
 
     def step(state):
         centroids, edges, _, i = state
         count = edges[1:] - edges[:-1]
-        mean = interval_sums(edges) / jnp.maximum(count, 1).astype(x.dtype)
+        mean = interval_sums(edges) / jnp.maximum(count, 1).astype(dtype)
         centroids = jnp.where(count > 0, mean, centroids)
         # Rounded means of neighbours may swap by an ulp; the searches need them sorted.
         centroids = lax.cummax(centroids)
         new = edges_of(centroids)
         return centroids, new, jnp.any(new != edges), i + 1
 
-    first = _start(x, n, key, k=k, start=start)
+    first = _start(values, key, k=k, start=start)
     state = first, edges_of(first), jnp.array(True), 0
     found, *_ = lax.while_loop(lambda s: s[2] & (s[3] < iterations), step, state)
-    values, exact = _distinct(x, n, k)
-    return jnp.where(n > 0, jnp.where(exact, values, found), jnp.zeros((), x.dtype))
+    distinct, exact = _distinct(values, k)
+    return jnp.where(n > 0, jnp.where(exact, distinct, found), jnp.zeros((), dtype))
 
 
-def _start(x: jax.Array, n: jax.Array, key: jax.Array | None, *, k: int, start: str) -> jax.Array:
+def block_of(size: int) -> int:
+    """Returns how many ranks are summed once for all."""
+    return 1 << max(7, math.ceil(math.log2(size) / 2))
+
+
+def _start(values: Sorted, key: jax.Array | None, *, k: int, start: str) -> jax.Array:
+    n, dtype = values.n, values.dtype
     last = jnp.maximum(n - 1, 0)
     if start == "linear":
         # A convex combination: subtracting first would overflow at the ends of the range. Its
         # weights are NumPy's, as XLA's division by a constant depends on the program around it.
         t = np.linspace(0, 1, k)
-        return lax.sort(x[0] * jnp.array(1 - t, x.dtype) + x[last] * jnp.array(t, x.dtype))
+        low, high = values.at(jnp.stack([jnp.zeros_like(last), last]))
+        return lax.sort(low * jnp.array(1 - t, dtype) + high * jnp.array(t, dtype))
     if start == "density":
         share = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k
-        return x[jnp.clip((share * n.astype(jnp.float32)).astype(n.dtype), 0, last)]
-    return lax.sort(x[jax.random.randint(key, (k,), 0, jnp.maximum(n, 1))])
+        return values.at(jnp.clip((share * n.astype(jnp.float32)).astype(n.dtype), 0, last))
+    return lax.sort(values.at(jax.random.randint(key, (k,), 0, jnp.maximum(n, 1))))
 
 
-def _distinct(x: jax.Array, n: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _distinct(values: Sorted, k: int) -> tuple[jax.Array, jax.Array]:
     """Returns the first `k` distinct values, the last repeated, and whether that is all."""
+    n = values.n
 
     def step(at, _):
-        value = x[jnp.clip(at, 0, jnp.maximum(n - 1, 0))]
-        return jnp.maximum(at, jnp.searchsorted(x, value, side="right").astype(n.dtype)), value
+        value = values.at(jnp.clip(at, 0, jnp.maximum(n - 1, 0)))
+        return jnp.maximum(at, values.rank(value)), value
 
-    at, values = lax.scan(step, jnp.zeros_like(n), None, length=k)
-    return values, at >= n
+    at, found = lax.scan(step, jnp.zeros_like(n), None, length=k)
+    return found, at >= n

@@ -48,15 +48,36 @@ def keep_largest(
         return jnp.where(total(trial) >= count, trial, threshold)
 
     smallest = lax.fori_loop(0, width, narrow, jnp.zeros((), dtype))
-    above = sum(jnp.sum(w > smallest, dtype=jnp.int32) for w in words)
-    need = count - above  # how many of the entries that equal the threshold are kept
-    marks = []
+    # Of the entries that equal the threshold those before one place are kept. It is found by
+    # bisection as well: ranks would need all entries in one place.
+    places, start = [], 0
     for w in words:
-        equal = (w == smallest).reshape(-1)
-        rank = jnp.cumsum(equal, dtype=jnp.int32)
-        marks.append((w > smallest) | (equal & (rank <= need)).reshape(w.shape))
-        need = need - rank[-1]
-    return marks
+        places.append(start + _index(w.shape))
+        start += w.size
+
+    def kept(place: jax.Array) -> list[jax.Array]:
+        pairs = zip(words, places, strict=True)
+        return [(w > smallest) | ((w == smallest) & (i < place)) for w, i in pairs]
+
+    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = state
+        middle = low + (high - low) // 2
+        enough = sum(jnp.sum(k, dtype=jnp.int32) for k in kept(middle)) >= count
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    # Where all of them are kept, as nearly always, there is nothing to find.
+    low = jnp.where(total(smallest) == count, size, 0).astype(jnp.int32)
+    place, _ = lax.while_loop(lambda s: s[0] < s[1], halve, (low, jnp.full_like(low, size)))
+    return kept(place)
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """Returns the place of each entry in the flattened array."""
+    place, step = jnp.zeros(shape, jnp.int32), 1
+    for axis in reversed(range(len(shape))):
+        place += step * lax.broadcasted_iota(jnp.int32, shape, axis)
+        step *= shape[axis]
+    return place
 
 
 def _ordered(score: jax.Array, keep: jax.Array | None) -> jax.Array:

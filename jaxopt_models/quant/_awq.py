@@ -8,9 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from .._axes import Axes, Matrix
 from .._bits import wide_dtype
+from .._divided import on_outputs
 from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import flag, whole
@@ -98,6 +100,10 @@ class AWQ(Encoder):
         """Checks the statistics, and encodes."""
         check_gram(stats, axes, w.shape, "AWQ")
         return super().run(w, axes, keep, stats, key)
+
+    def partition(self, spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """Divides the outputs, each of which needs all of its inputs."""
+        return on_outputs(spec, shape, axes)
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Scaled:
         """Encodes one core tensor: the scales first, then the ranges."""

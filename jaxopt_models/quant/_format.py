@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from .._axes import Axes, Matrix, divisors
 from .._bits import pack_codes, wide_dtype
+from .._divided import on_one_axis, on_outputs
 from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import whole
@@ -169,6 +171,12 @@ class Format(Encoder):
         if self.observer.needs:
             check_stats(stats, axes, w.shape, type(self).__name__)
         return super().run(w, axes, keep, stats, key)
+
+    def partition(self, spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """Divides so that no run is: by outputs, or by the first axis where all is one run."""
+        if self.per == "tensor":
+            return on_one_axis(spec, axes.stack, 0)
+        return on_outputs(spec, shape, axes) if self.group is None else spec
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Encodes one core tensor: the nearest value on the grid of its run."""

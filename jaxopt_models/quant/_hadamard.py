@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from .._axes import Axes, Matrix
 from .._bits import pack_bits, wide_dtype
+from .._divided import on_outputs
 from .._encoded import Encoded
 from .._encoder import Encoder
 from ._rotated import Rotated, block_of, rotate
@@ -81,6 +83,10 @@ class Hadamard(Encoder):
                 )
             check_finite(stats, "Hadamard")
         return super().run(w, axes, keep, stats, key)
+
+    def partition(self, spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """Divides the outputs, each of which needs all of its inputs."""
+        return on_outputs(spec, shape, axes)
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Rotated:
         """Encodes one core tensor; see :class:`Hadamard`."""

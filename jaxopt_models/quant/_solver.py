@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from .._axes import Axes, Matrix
 from .._bits import wide_dtype
+from .._divided import on_outputs
 from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import number
@@ -83,6 +85,10 @@ class Solver(Encoder):
         """Checks the statistics, and encodes."""
         check_gram(stats, axes, w.shape, type(self).__name__)
         return super().run(w, axes, keep, stats, key)
+
+    def partition(self, spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """Divides the outputs, each of which needs all of its inputs."""
+        return on_outputs(spec, shape, axes)
 
     def encode(self, w: jax.Array, *, axes: Axes, keep: Any, stats: Any, key: Any) -> Encoded:
         """Encodes one core tensor: grids first, then codes for each group of outputs."""

@@ -1,0 +1,171 @@
+"""Encoding tensors where their shards lie."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ._axes import Axes
+from ._encoded import Encoded
+
+Run = Callable[..., Encoded]
+
+
+def division(w: Any) -> NamedSharding | None:
+    """Returns how a tensor is divided over a mesh; ``None`` if it is not, or nobody knows.
+
+    Under a trace only Explicit axes can be known: with Auto ones XLA decides after it.
+    """
+    sharding = jax.typeof(w).sharding if isinstance(w, jax.core.Tracer) else _sharding(w)
+    divided = isinstance(sharding, NamedSharding) and any(a is not None for a in sharding.spec)
+    return sharding if divided else None
+
+
+def _sharding(w: Any) -> Any:
+    return getattr(w, "sharding", None)
+
+
+def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
+    """Returns an entry of a partition for each axis."""
+    return [*spec, *[None] * (ndim - len(spec))]
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a partition names."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def counts_of(spec: PartitionSpec, ndim: int, mesh: Any) -> list[int]:
+    """Returns into how many shards a partition divides each axis."""
+    return [math.prod(mesh.shape[n] for n in names_of(e)) for e in full_spec(spec, ndim)]
+
+
+def shard_shape(shape: Sequence[int], spec: PartitionSpec, mesh: Any) -> tuple[int, ...]:
+    """Returns the shape of one shard; every axis must divide."""
+    return tuple(n // c for n, c in zip(shape, counts_of(spec, len(shape), mesh), strict=True))
+
+
+def on_one_axis(spec: PartitionSpec, stack: int, axis: int) -> PartitionSpec:
+    """Returns the partition that divides a core tensor along one axis, by all that divides it."""
+    before, core = spec[:stack], spec[stack:]
+    names = tuple(n for entry in core for n in names_of(entry))
+    together = names[0] if len(names) == 1 else names or None
+    return PartitionSpec(*before, *(together if a == axis else None for a in range(len(core))))
+
+
+def on_outputs(spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+    """Returns the partition that divides a tensor along its largest output axis, if it has one."""
+    if not axes.out:
+        return spec
+    largest = max(axes.out, key=lambda a: shape[axes.stack + a])
+    return on_one_axis(spec, axes.stack, largest)
+
+
+def encode_divided(
+    encoder: Any, run: Run, sharding: NamedSharding, axes: Axes, w: Any, *rest: Any
+) -> Encoded:
+    """Encodes a divided tensor; each part of the leaf is divided with it.
+
+    Args:
+      encoder: it says in which partition it needs no entry of another shard.
+      run: ``run(encoder, w, *rest) -> leaf``, traceable.
+      sharding: of ``w``.
+      axes: resolved roles of its axes.
+      w: the tensor.
+      *rest: further arguments of ``run``.
+
+    Raises:
+      ValueError: if shards split a group or a packed word.
+    """
+    shape, mesh = tuple(w.shape), sharding.mesh
+    spec = PartitionSpec(*full_spec(sharding.spec, len(shape)))
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (w, *rest))
+    stored = jax.eval_shape(functools.partial(run, encoder), *plain)
+    specs = specs_of(stored, spec, mesh)
+    within = encoder.partition(spec, shape, axes)
+    if isinstance(w, jax.core.Tracer):
+        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+
+        def traced(w: Any, *rest: Any) -> Encoded:
+            here = NamedSharding(jax.sharding.get_abstract_mesh(), within)
+            w = jax.lax.with_sharding_constraint(w, here)
+            return run(encoder.over(here), w, *rest)
+
+        return jax.sharding.auto_axes(traced, out_sharding=shardings)(w, *rest)
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    # Codes are found as the tensor is divided meanwhile, and moved when they are packed.
+    steps = [specs] if within == spec else [*_specs(stored, within, mesh), specs]
+    flat = tuple(tuple(jax.tree.leaves(s)) for s in steps)
+    program = _program(encoder, run, NamedSharding(auto, within), flat)
+    leaf = program(*jax.tree.map(lambda x: _on(x, mesh, auto), (w, *rest)))
+    if AxisType.Explicit not in mesh.axis_types:
+        return leaf
+    return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), leaf, specs)
+
+
+def _specs(leaf: Encoded, spec: PartitionSpec, mesh: Any) -> list[Encoded]:
+    """Returns the partitions of the parts in a list; an empty one if there are none."""
+    if any(
+        n % count for n, count in zip(leaf.shape, counts_of(spec, leaf.ndim, mesh), strict=True)
+    ):
+        return []
+    specs = leaf.specs(spec, shard_shape(leaf.shape, spec, mesh))
+    return [] if specs is None else [specs]
+
+
+def _on(x: Any, old: Any, new: Mesh) -> Any:
+    sharding = _sharding(x)
+    if isinstance(sharding, NamedSharding) and sharding.mesh == old:
+        return jax.device_put(x, NamedSharding(new, sharding.spec))
+    return x
+
+
+@functools.lru_cache(maxsize=512)
+def _program(
+    encoder: Any, run: Run, within: NamedSharding, steps: tuple[tuple[PartitionSpec, ...], ...]
+) -> Callable[..., Encoded]:
+    """Returns the compiled program for one encoder, its partition, and those of the parts."""
+
+    @jax.jit
+    def program(w: jax.Array, *rest: Any) -> Encoded:
+        w = jax.lax.with_sharding_constraint(w, within)
+        parts, treedef = jax.tree.flatten(run(encoder.over(within), w, *rest))
+        for specs in steps:
+            shardings = [NamedSharding(within.mesh, s) for s in specs]
+            parts = jax.lax.with_sharding_constraint(parts, shardings)
+        return jax.tree.unflatten(treedef, parts)
+
+    return program
+
+
+def specs_of(leaf: Encoded, spec: PartitionSpec, mesh: Any) -> Encoded:
+    """Returns a leaf with the partition of each part, for one of its dense tensor.
+
+    Raises:
+      ValueError: if shards split a group or a packed word; says which axes cannot be divided.
+    """
+    specs = leaf.specs(spec, shard_shape(leaf.shape, spec, mesh))
+    if specs is not None:
+        return specs
+    entries = full_spec(spec, leaf.ndim)
+    alone = {}
+    for axis, entry in enumerate(entries):
+        if entry is not None:
+            one = PartitionSpec(*(entry if a == axis else None for a in range(leaf.ndim)))
+            alone[axis] = leaf.specs(one, shard_shape(leaf.shape, one, mesh)) is not None
+    wrong = [a for a, fine in alone.items() if not fine] or list(alone)
+    local = shard_shape(leaf.shape, spec, mesh)
+    what = ", ".join(f"axis {a} of {leaf.shape[a]} in shards of {local[a]}" for a in wrong)
+    raise ValueError(
+        f"{leaf.kind()} of shape {list(leaf.shape)} cannot be divided as {spec}: {what} would "
+        "split a group of inputs or outputs, or a packed word (8 codes or mask bits along the last "
+        "axis); divide another axis, choose a group that divides the shard, or leave it whole "
+        "(PartitionSpec())"
+    )
