@@ -112,7 +112,16 @@ def collectives(program: Any) -> tuple[Collective, ...]:
       ('all-reduce', 'float32', (8,), 4, 48.0)
     """
     module = as_module(program)
-    return tuple(c for run in module.runs() for c in _read(run, module))
+    found: list[Collective] = []
+    chains: dict[str, str] = {}
+    for run in module.runs():
+        # A TPU spreads a transfer over the fusions that compute meanwhile; each of them names it.
+        if chain := re.search(r'chain_id="(\w+)"', run.instruction.attributes):
+            key = f"{chain[1]} {run.instruction.word('channel_id')}"
+            if chains.setdefault(key, run.instruction.name) != run.instruction.name:
+                continue
+        found += _read(run, module)
+    return tuple(found)
 
 
 def as_module(program: Any) -> Module:
@@ -157,7 +166,7 @@ def _read(run: Run, module: Module) -> list[Collective]:
     if kind not in KINDS:
         return []
     n = _devices(one, module)
-    arrays = _results(one)
+    arrays = results(one)
     if kind == "reduce-scatter":
         [axis] = one.integers("dimensions") or (0,)
         arrays = [_times(a, axis, n) for a in arrays]
@@ -187,7 +196,7 @@ def _read(run: Run, module: Module) -> list[Collective]:
     ]
 
 
-def _results(one: Instruction) -> list[Array]:
+def results(one: Instruction) -> list[Array]:
     """Returns the arrays that come out; the start of most kinds has the operands before them."""
     if not one.kind.endswith("-start") or one.kind == "all-reduce-start":
         return list(one.arrays)
