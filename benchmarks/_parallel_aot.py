@@ -35,6 +35,7 @@ def facts(e: parallel.Estimate) -> dict[str, Any]:
         for c in e.collectives
     ]
     found = {n: getattr(e, n) for n in (*names, *times)}
+    found["late"] = e.exchange - sum(c.sent for c in e.collectives) / e.topology.chip.ring
     return found | {"devices": len(e.topology.devices), "topology": e.topology.name, "sends": sends}
 
 
@@ -57,10 +58,9 @@ def layouts(place: parallel.Topology, *, quick: bool) -> Iterator[dict[str, Any]
             )
             for e in plan:
                 tree = model.params if e.tree == "dense" else trees[e.tree]
-                part, even = programs.divided(tree, rules, axes | {"data": 1})
-                row = facts(e) | {"model": name, "part": part, "even": even}
-                row["batch"] = inputs[0].shape[0] // (count // HEADS)
-                yield row | {"sums": programs.sums(model.params)}
+                row = facts(e) | programs.divided(tree, rules, axes | {"data": 1})
+                row |= {"model": name, "sums": programs.sums(model.params)}
+                yield row | {"batch": inputs[0].shape[0] // (count // HEADS)}
 
 
 def scaling(place: parallel.Topology, *, quick: bool) -> Iterator[dict[str, Any]]:

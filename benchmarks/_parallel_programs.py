@@ -20,6 +20,8 @@ from jaxopt_models._bits import array_bits
 from jaxopt_models._calibrate import adding
 from jaxopt_models._calibrating import Ledger
 from jaxopt_models._call import take_apart
+from jaxopt_models._encoded import is_encoded
+from jaxopt_models._paths import flatten
 from jaxopt_models.models import EfficientNetLite0, MiniLM
 
 #: Tokens of a text, and sizes of an image.
@@ -100,7 +102,7 @@ def lite0(blocks: int = 7) -> Model:
 
     def small(bits: int) -> list[jom.Rule]:
         found = []
-        for p in jom._paths.flatten(variables)[0]:
+        for p in flatten(variables)[0]:
             if not re.fullmatch(r".*/kernel", p.path):
                 continue
             # Rows of one shard; where groups of 32 do not divide them a channel has one scale.
@@ -170,33 +172,46 @@ STEPS: dict[str, Callable[..., Step]] = {
 }
 
 
-def divided(tree: Any, rules: list[tuple[str, P]], sizes: dict[str, int]) -> tuple[float, float]:
-    """Returns the bytes on a device of parameters that rules divide, and their even share.
+def divided(tree: Any, rules: list[tuple[str, P]], sizes: dict[str, int]) -> dict[str, float]:
+    """Returns bytes of the parameters that rules divide.
 
     Args:
       tree: the parameters.
       rules: as for a layout.
-      sizes: of the axes that divide them; those of the model, and of shards.
+      sizes: of all axes.
+
+    Returns:
+      ``part``, what a device holds of them, ``even``, what it would if nothing of a parameter was
+      on several devices of the axes that divide it, and ``codes``, what has to be put together
+      from the axis ``shard``.
     """
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    here = even = 0.0
-    for p in jom._paths.flatten(tree)[0]:
+    found = {"part": 0.0, "even": 0.0, "codes": 0.0}
+
+    def local(x: Any, spec: Any) -> float:
+        shape = jax.sharding.NamedSharding(mesh, spec).shard_shape(tuple(x.shape))
+        return array_bits(jax.ShapeDtypeStruct(shape, x.dtype)) / 8
+
+    for p in flatten(tree)[0]:
         spec = next((s for pattern, s in rules if re.fullmatch(pattern, p.path)), P())
-        names = [a for axes in spec for a in ((axes,) if isinstance(axes, str) else axes or ())]
-        if not names or p.reason:
+        if not (names := _names(spec)) or p.reason:
             continue
-        local = jax.sharding.NamedSharding(mesh, spec).shard_shape(tuple(p.value.shape))
-        specs = p.value.specs(spec, local) if jom._encoded.is_encoded(p.value) else spec
-        whole = 0.0
-        for part, s in zip(jax.tree.leaves(p.value), jax.tree.leaves(specs), strict=True):
-            shape = jax.sharding.NamedSharding(mesh, s).shard_shape(tuple(part.shape))
-            here += array_bits(jax.ShapeDtypeStruct(shape, part.dtype)) / 8
-            whole += array_bits(part) / 8
-        even += whole / math.prod(sizes[a] for a in names)
-    return here, even
+        shape = jax.sharding.NamedSharding(mesh, spec).shard_shape(tuple(p.value.shape))
+        specs = p.value.specs(spec, shape) if is_encoded(p.value) else spec
+        n = math.prod(sizes[a] for a in names)
+        for x, s in zip(jax.tree.leaves(p.value), jax.tree.leaves(specs), strict=True):
+            found["part"] += local(x, s)
+            found["even"] += array_bits(x) / 8 / n
+            if "shard" in _names(s):
+                found["codes"] += local(x, s) * sizes["shard"]
+    return found
+
+
+def _names(spec: Any) -> list[str]:
+    return [a for axes in spec for a in ((axes,) if isinstance(axes, str) else axes or ())]
 
 
 def sums(params: Any) -> int:
     """Returns how often Megatron's layout sums activations up: after each split of rows."""
     pattern = r".*(attention/output|down|project|classifier)/kernel"
-    return sum(bool(re.fullmatch(pattern, p.path)) for p in jom._paths.flatten(params)[0])
+    return sum(bool(re.fullmatch(pattern, p.path)) for p in flatten(params)[0])
