@@ -15,7 +15,7 @@ from .._call import check_function, take_apart
 from .._encoded import is_encoded
 from .._jaxpr import bodies
 from .._products import multiply_adds
-from ._layouts import Layout, gathered, place_inputs, place_params, shard_bytes
+from ._layouts import Layout, as_stored, place_inputs, place_params, shard_bytes
 from ._plan import Estimate, Plan
 from ._program import Collective, as_module, collectives
 from ._topology import Chip, Topology, of_mesh, topology
@@ -124,10 +124,9 @@ def _one(
 ) -> Estimate:
     params = place_params(tree, mesh, layout.rules, "estimate")
     inputs = place_inputs(args, mesh, layout, "estimate")
-    here, whole = shard_bytes(params)
     run = accelerate(fn)
     if layout.gather:
-        run = gathered(run, params, layout.over(mesh))
+        run = as_stored(run, params, layout.over(mesh))
     frame, weights = take_apart(params, (), {})
     others, arrays = take_apart(None, inputs, {})
 

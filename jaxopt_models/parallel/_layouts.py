@@ -68,7 +68,8 @@ def place_params(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]], who: s
                 used.add(i)
                 break
         placed.append(_leaf(p.path, p.value, spec, mesh, who))
-    if idle := [rules[i][0] for i in range(len(rules)) if i not in used]:
+    dividing = [i for i, (_, spec) in enumerate(rules) if any(spec or ())]
+    if idle := [rules[i][0] for i in dividing if i not in used]:
         paths = ", ".join(p.path for p in leaves[:8])
         raise ValueError(f"{who}: no parameter for the rules {idle}; paths are {paths} ...")
     return unflatten(placed)
@@ -147,7 +148,7 @@ def place_inputs(args: Sequence[Any], mesh: Mesh, layout: Layout, who: str) -> l
     return placed
 
 
-def gathered(fn: Callable[..., Any], placed: Any, over: Sequence[str]) -> Callable[..., Any]:
+def as_stored(fn: Callable[..., Any], placed: Any, over: Sequence[str]) -> Callable[..., Any]:
     """Returns a function whose parameters are first put together along some axes, as stored."""
     parts, treedef = jax.tree.flatten(placed)
 

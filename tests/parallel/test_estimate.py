@@ -312,7 +312,7 @@ BAD = {
         "narrow": 12,
     },
     "argument 0 after params: axis 0 of shape [12, 64] does not divide by 8": {"rows": 12},
-    "no parameter for the rules ['side']": {"layouts": {"rules": [("side", P())]}},
+    "no parameter for the rules ['side']": {"layouts": {"rules": [("side", P("data"))]}},
     "is no PartitionSpec for shape [64]": {"layouts": {"rules": [("bias", P(None, "data"))]}},
     "inputs has 2 specs for 1 arguments": {"layouts": {"inputs": (P(), P())}},
     "would cut a group": {"layouts": {"rules": [("down", P("data"))]}, "group": 32},
