@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from ._rows import Row
 
 #: Of a CPU, for parts that need a mesh.
 DEVICES = 8
+#: In the message of :func:`jaxopt_models.parallel.topology` while another process has libtpu.
+LOCKED = "another process has libtpu"
 
 
 def python() -> str | None:
@@ -43,13 +46,19 @@ def compiled(module: str, *arguments: str, timeout: float = 600) -> list[dict[st
     Args:
       module: its name, such as ``"_aot"``; it prints a line of JSON for each program.
       *arguments: of its command line.
-      timeout: seconds until it is given up.
+      timeout: seconds until it is given up; it waits as long for another process with libtpu.
     """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    return _run(
-        [python() or sys.executable, "-m", f"benchmarks.{module}", *arguments], environment, timeout
-    )
+    command = [python() or sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return _run(command, environment, timeout)
+        except RuntimeError as e:
+            if LOCKED not in str(e) or time.monotonic() > end:
+                raise
+            time.sleep(10)
 
 
 def simulated(part: str, *, quick: bool, timeout: float = 3600) -> list[Row]:

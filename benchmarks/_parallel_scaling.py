@@ -37,15 +37,26 @@ def _rows(step: str, plans: list[dict[str, Any]]) -> list[Row]:
         bar = ">= 0.9" if 1 < chips <= BOUND else ""
         claim = f"{step} on {plan['topology']}, {plan['batch']} texts a chip: efficiency"
         made.append(Row(claim, one["seconds"] / plan["seconds"], bar, note=_note(plan)))
-    last = plans[-1]
-    late, wait = 1e3 * last["late"], 1e3 * (last["seconds"] - one["seconds"])
-    rounds = sum({s["name"]: s["times"] for s in last["sends"]}.values())
-    note = f"{rounds} collectives, one after another; bytes sent grow by (n - 1) / n only"
-    claim = f"{step} on {last['topology']}: ms more than on one chip"
-    made.append(Row(claim, wait))
-    claim = f"{step} on {last['topology']}: ms of these until messages have passed all chips"
-    made.append(Row(claim, late, note=note))
+    made += [_fewest(step, one, plan) for plan in plans if plan["devices"] >= BOUND]
+    if len(plans) > 2:
+        made.append(_growth(step, *plans[-2:]))
     return made
+
+
+def _fewest(step: str, one: dict[str, Any], plan: dict[str, Any]) -> Row:
+    """Returns the batch at which exchange is a tenth of a step; all else grows with the batch."""
+    each = 9 * plan["exchange"] / (one["seconds"] / one["batch"])
+    claim = f"{step} on {plan['topology']}: fewest texts a chip for an efficiency of 0.9"
+    return Row(claim, each, note="work in proportion to the texts, exchange the same")
+
+
+def _growth(step: str, before: dict[str, Any], last: dict[str, Any]) -> Row:
+    """Returns what exchange grows by at the end, and how much of that messages are on their way."""
+    grown, late = (1e6 * (last[k] - before[k]) for k in ("exchange", "late"))
+    rounds = sum({s["name"]: s["times"] for s in last["sends"]}.values())
+    names = f"{before['topology']} to {last['topology']}"
+    note = f"{late:.3g} us on the way through {rounds} collectives, {grown - late:.3g} us for bytes"
+    return Row(f"{step}, {names}: us more of exchange", grown, note=note)
 
 
 def _note(plan: dict[str, Any]) -> str:

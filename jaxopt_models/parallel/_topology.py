@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -156,6 +157,7 @@ def topology(name: str) -> Topology:
     Raises:
       ValueError: for a name that says no such machine.
       ImportError: if what compiles for it is not installed.
+      RuntimeError: while another process has libtpu.
 
     Example:
       >>> from jaxopt_models import parallel
@@ -189,7 +191,15 @@ def _described(name: str, platform: str, needs: str, **options: Any) -> tuple[An
             f"topology {name!r} needs {needs}, which compiles for devices that are not there: "
             "pip install 'jaxopt_models[aot]', best into an environment of its own"
         )
-    return tuple(topologies.get_topology_desc(platform=platform, **options).devices)
+    try:
+        return tuple(topologies.get_topology_desc(platform=platform, **options).devices)
+    except jax.errors.JaxRuntimeError as e:
+        if "lockfile" not in str(e):
+            raise
+        raise RuntimeError(
+            f"topology {name!r}: another process has libtpu, which one at a time can use; wait for "
+            f"it, or end it ({e!s:.200})"
+        ) from None
 
 
 def of_mesh(mesh: Mesh, chip: Chip | str | None, who: str) -> Topology:

@@ -304,6 +304,18 @@ def test_a_topology_that_is_not_installed(name, needs, monkeypatch):
         parallel.estimate(fn, PARAMS, X, on=name)
 
 
+def test_a_topology_whose_compiler_is_taken(monkeypatch):
+    from jax.experimental import topologies
+
+    def taken(**options):
+        raise jax.errors.JaxRuntimeError("ABORTED: accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", taken)
+    with pytest.raises(RuntimeError, match="'v5e:2x2': another process has libtpu"):
+        parallel.topology("v5e:2x2")
+
+
 BAD = {
     "has 8 devices, which axes {'data': 3} do not make up": {"layouts": {"axes": {"data": 3}}},
     "axis 'model' is none of": {"layouts": {"axes": {"data": 8}, "rules": MEGATRON}},
