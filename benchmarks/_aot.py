@@ -8,30 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
 import sys
 from typing import Any
 
-#: What XLA has to know of an H100 SXM to compile for it.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 1 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 SIZE = 4096
 ROWS = (1, 16, 256)
 #: Bits of a code, and how a leaf of these is made, by name.
@@ -64,30 +44,6 @@ LEAVES: dict[str, dict[str, tuple[int, str]]] = {
 }
 
 
-def python() -> str | None:
-    """Returns a Python with the extra ``aot``: ``JAXOPT_MODELS_AOT_PYTHON``, or ``None``."""
-    return os.environ.get("JAXOPT_MODELS_AOT_PYTHON") or None
-
-
-def compiled(target: str, *, timeout: float = 600) -> list[dict[str, Any]]:
-    """Compiles all programs for a target in a child process; returns what it prints."""
-    root = pathlib.Path(__file__).parents[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [python() or sys.executable, "-m", "benchmarks._aot", target],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"compiling for {target} failed:\n{done.stderr[-4000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 _WIDTH = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
 _LINE = re.compile(r"^ +(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([a-z-]+)\(")
 _VIEWS = ("parameter", "bitcast", "tuple", "get-tuple-element", "while", "conditional")
@@ -115,25 +71,16 @@ def dense_bytes(text: str, size: int) -> int:
     return total
 
 
-def _device(target: str) -> Any:
-    from jax.experimental import topologies
-
-    if target == "v5e":
-        found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    else:
-        found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    return found.devices[0]
-
-
 def main(target: str) -> None:
     """Compiles every program and prints what memory it takes."""
     import jax
     import jax.numpy as jnp
 
     import jaxopt_models as jom
-    from jaxopt_models import codebook, quant
+    from jaxopt_models import codebook, parallel, quant
 
-    there = jax.sharding.SingleDeviceSharding(_device(target))
+    device = parallel.topology({"v5e": "v5e:2x2", "h100": "h100:1"}[target]).devices[0]
+    there = jax.sharding.SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), tree)

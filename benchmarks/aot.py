@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
-from . import _aot
+from . import _aot, _children
 from ._rows import Row
 
 NAMES = {"v5e": "v5e", "h100": "H100"}
@@ -15,13 +14,8 @@ WHOLE = {("v5e", "codebook of 256"), ("v5e", "int3 in groups of 32")}
 
 def run(*, quick: bool) -> list[Row]:
     """Compiles each program in a child process, one target at a time; nothing is run."""
-    here = all(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin")))
-    if not here and _aot.python() is None:
-        raise SystemExit(
-            "no Python that compiles for TPU and GPU: install the extra 'aot' into an environment "
-            "of its own and set JAXOPT_MODELS_AOT_PYTHON to its python"
-        )
-    return [row for target in NAMES for row in _rows(target, _aot.compiled(target))]
+    _children.check_aot()
+    return [row for target in NAMES for row in _rows(target, _children.compiled("_aot", target))]
 
 
 def _mib(n: float) -> str:

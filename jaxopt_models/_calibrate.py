@@ -174,18 +174,7 @@ def calibrate(
     ledger = Ledger()
     kept: Any = None
 
-    def add(frame: Frame, arrays: list[Any], total: Any) -> Any:
-        program = trace(fn, frame, arrays, who="calibrate", every=True)
-        walk = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
-        walk.run(program.jaxpr, program.consts, program.operands)
-        for p in program.unreached:
-            ledger.reasons.setdefault(p.path, "it is not in the program")
-        if total is None:
-            return walk.side
-        both = dataclasses.replace(walk, side=dict(total))
-        both.emit_all(walk.side)
-        return both.side
-
+    add = adding(fn, wanted, gram_rows, ledger)
     compiled = jax.jit(add, static_argnums=0, donate_argnums=2)
     total = len(batches) if hasattr(batches, "__len__") else None
     with bar("calibrate", total, show=progress) as step:
@@ -200,6 +189,33 @@ def calibrate(
     if kept is None:
         raise no_batch("calibrate")
     return assembled(params, kept, ledger, recipe, name_of(fn))
+
+
+def adding(
+    fn: Callable[..., Any], wanted: Any, gram_rows: int, ledger: Ledger
+) -> Callable[[Frame, list[Any], Any], Any]:
+    """Returns what :func:`calibrate` does with each batch: `(frame, arrays, total) -> total`.
+
+    Args:
+      fn: the function.
+      wanted: from a path to the names of its statistics.
+      gram_rows: most rows of a gram.
+      ledger: where uses get their names.
+    """
+
+    def add(frame: Frame, arrays: list[Any], total: Any) -> Any:
+        program = trace(fn, frame, arrays, who="calibrate", every=True)
+        walk = Calibrating(wanted=wanted, gram_rows=gram_rows, ledger=ledger)
+        walk.run(program.jaxpr, program.consts, program.operands)
+        for p in program.unreached:
+            ledger.reasons.setdefault(p.path, "it is not in the program")
+        if total is None:
+            return walk.side
+        both = dataclasses.replace(walk, side=dict(total))
+        both.emit_all(walk.side)
+        return both.side
+
+    return add
 
 
 def _wanted(params: Any, what: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:

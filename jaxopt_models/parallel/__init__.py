@@ -1,5 +1,16 @@
 """Parallel execution: compressed trees on meshes, data, model, pipeline and knowledge."""
 
+from ._estimate import estimate as estimate
+from ._layouts import Layout as Layout
+from ._plan import Estimate as Estimate
+from ._plan import Plan as Plan
+from ._program import Collective as Collective
+from ._program import collectives as collectives
+from ._program import collectives_table as collectives_table
 from ._shard import shard as shard
 from ._shard import shardings as shardings
 from ._shard import spec_of as spec_of
+from ._topology import Chip as Chip
+from ._topology import Topology as Topology
+from ._topology import chips as chips
+from ._topology import topology as topology

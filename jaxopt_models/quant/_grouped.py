@@ -76,7 +76,8 @@ class Grouped(Coded):
         return ""
 
     def _last_spec(self, core: list[Any], local: tuple[int, ...]) -> Any:
-        inner = [a for a in range(len(self.core)) if a not in self.out]
+        # Axes of one entry, as those of a 1x1 convolution, cut no run.
+        inner = [a for a in range(len(self.core)) if a not in self.out and self.core[a] > 1]
         divided = [a for a in inner if core[a] is not None]
         groups = self.scale.shape[-1]
         if not divided or groups == 1:

@@ -1,5 +1,7 @@
 """Compressed trees on a mesh, and compressing what lies on one."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxopt_models as jom
-from jaxopt_models import Rule, chain, codebook, parallel, prune, quant
-from jaxopt_models._divided import encode_divided
-from jaxopt_models.testing import bits, leaf_bits
+from jaxopt_models import Rule, _divided, chain, codebook, parallel, prune, quant
+from jaxopt_models.testing import leaf_bits
 
 RNG = np.random.default_rng(0)
 W = jnp.asarray(RNG.normal(size=(64, 64)), jnp.float32)
@@ -101,8 +102,6 @@ MESHES = [((8,), P("x")), ((8,), P(None, "x")), ((4, 2), P("x", "y")), ((2, 2, 2
 
 def gathered(encoder, w):
     """Returns the most entries that the program which encodes a divided tensor brings together."""
-    from jaxopt_models import _divided
-
     programs, make = [], _divided._program.__wrapped__
 
     def kept(*args):
@@ -115,8 +114,8 @@ def gathered(encoder, w):
     finally:
         _divided._program = original
     assert programs
-    found = [c.entries for p in programs for c in parallel.collectives(p) if c.kind == "all-gather"]
-    return leaf, max(found, default=0)
+    every = [c for p in programs for c in parallel.collectives(p)]
+    return leaf, max((math.prod(c.shape) for c in every if c.kind == "all-gather"), default=0)
 
 
 def products():
@@ -133,3 +132,19 @@ def test_what_lies_on_a_mesh_is_encoded_there(encoder, sizes, spec):
     assert leaf_bits(leaf) == leaf_bits(encoder(W, key=KEY))
     assert parallel.spec_of(leaf) == spec
     assert most < W.size // 4  # scales at most
+
+
+SOLVERS = [quant.GPTQ(quant.Int(bits=4, group=16)), quant.AWQ(quant.Int(bits=4, group=16))]
+
+
+@pytest.mark.parametrize("encoder", [SOLVERS[0], pytest.param(SOLVERS[1], marks=pytest.mark.full)])
+def test_statistics_and_solvers(encoder):
+    mesh = mesh_of(2, 2, 2)
+    x = jnp.asarray(RNG.normal(size=(256, 64)), jnp.float32)
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"])
+
+    def found(w, x):
+        stats = jom.calibrate(fn, {"w": w}, [(x,)], ["gram", "l2", "histogram"])["w"]
+        return stats, *gathered(encoder, w) if False else encoder(w, stats=stats, key=KEY)
