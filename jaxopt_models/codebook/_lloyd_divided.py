@@ -134,7 +134,9 @@ def lloyd_divided(
       The centroids `[k]`, bit for bit those of :func:`lloyd`; ``None`` where shards are smaller
       than a block of ranks, a few hundred values.
     """
-    names = tuple(n for entry in sharding.spec for n in names_of(entry))
+    used = {n for entry in sharding.spec for n in names_of(entry)}
+    # Devices are counted in the order of the mesh.
+    names = tuple(n for n in sharding.mesh.axis_names if n in used)
     size = math.prod(sharding.shard_shape(x.shape))
     if size < block_of(x.size):
         return None
