@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._divided import full_spec, names_of, shard_shape, specs_of
 from .._encoded import Encoded, is_encoded
 from .._paths import flatten
-from ._rules import dense_specs
+from ._dense import dense_specs
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Any) -> Any:
