@@ -59,7 +59,7 @@ def layouts(place: parallel.Topology, *, quick: bool) -> Iterator[dict[str, Any]
             for e in plan:
                 tree = model.params if e.tree == "dense" else trees[e.tree]
                 row = facts(e) | programs.divided(tree, rules, axes | {"data": 1})
-                row |= {"model": name, "sums": programs.sums(model.params)}
+                row |= {"model": name, "sums": programs.sums(model)}
                 yield row | {"batch": inputs[0].shape[0] // (count // HEADS)}
 
 

@@ -211,7 +211,8 @@ def _names(spec: Any) -> list[str]:
     return [a for axes in spec for a in ((axes,) if isinstance(axes, str) else axes or ())]
 
 
-def sums(params: Any) -> int:
-    """Returns how often Megatron's layout sums activations up: after each split of rows."""
+def sums(model: Model) -> list[int]:
+    """Returns the sizes of what Megatron's layout sums up for an example: after split rows."""
     pattern = r".*(attention/output|down|project|classifier)/kernel"
-    return sum(bool(re.fullmatch(pattern, p.path)) for p in flatten(params)[0])
+    table = jom.accelerate(model.fn).explain(model.params, *model.inputs(1))
+    return [math.prod(row["output"]) for row in table if re.fullmatch(pattern, row["path"])]

@@ -36,8 +36,8 @@ def estimate(
 
     Nothing is run, and shapes are enough for ``params`` and ``args``. Of each layout, and of each
     tree of parameters, it counts in the compiled program the operations :math:`O_t` of products on
-    operands of type `t`, the bytes `M` of memory that are read and written, and the collectives.
-    A step then takes
+    operands of type `t` (six times where the precision ``"highest"`` was asked for), the bytes `M`
+    of memory that are read and written, and the collectives. A step then takes
 
     .. math:: \max\Big(\sum_t \frac{O_t}{P_t}, \frac{M}{W}\Big)
        + \sum_{c} \Big(\frac{r_c B_c}{R} + h_c\, \ell\Big)
@@ -86,6 +86,13 @@ def estimate(
       ...     lambda p, x: x @ p["w"], params, x, on=mesh, chip="v5e", others={"int4": small})
       >>> [(e.tree, e.parameters, e.operations) for e in plan]
       [('dense', 8192.0, 32768.0), ('int4', 1152.0, 32768.0)]
+
+    References:
+      Williams, Waterman and Patterson, `Roofline <https://doi.org/10.1145/1498765.1498785>`_, 2009
+      Figures of the chips: `TPU v5e <https://docs.cloud.google.com/tpu/docs/v5e>`_, time of a hop
+      `How to Scale Your Model <https://jax-ml.github.io/scaling-book/tpus>`_, 2025; `H100
+      <https://www.nvidia.com/en-us/data-center/h100>`_ (SXM), time of a hop from NCCL's `tuning.cc
+      <https://github.com/NVIDIA/nccl>`_
     """
     who = "estimate"
     check_function(fn, who)

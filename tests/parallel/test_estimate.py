@@ -392,4 +392,4 @@ def test_models_on_machines_that_are_not_there(name):
     assert len(found) == 12
     for plan in found:
         assert plan["part"] <= 1.05 * plan["even"]
-        assert _parallel_layouts._sums(plan) == plan["sums"]
+        assert _parallel_layouts._sums(plan) == 0
