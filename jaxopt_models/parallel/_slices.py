@@ -86,8 +86,8 @@ class Slices:
     def devices(self, i: int) -> list[jax.Device]:
         """Returns the devices of one slice that belong to this process."""
         at = self.mesh.axis_names.index(self.axis)
-        inside = np.take(self.mesh.devices, i, axis=at).ravel().tolist()
-        return [d for d in inside if d.process_index == jax.process_index()]
+        inside = np.moveaxis(self.mesh.devices, at, 0).reshape(self.count, -1)[i]
+        return [d for d in inside.tolist() if d.process_index == jax.process_index()]
 
     @property
     def apart(self) -> NamedSharding:
