@@ -8,3 +8,4 @@ from ._steps import ApartState as ApartState
 from ._steps import Training as Training
 from ._timetable import Phase as Phase
 from ._timetable import Timetable as Timetable
+from ._loops import ticks as ticks
