@@ -73,6 +73,10 @@ class Apart:
         count = len(self.layout.members)
         return [self.layout.unpack([_member(b, i) for b in self.buffers], i) for i in range(count)]
 
+    def held(self) -> tuple[Any, ...]:
+        """Returns what one device holds, inside of `jax.shard_map`: the buffers of its member."""
+        return tuple(None if b is None else b[0] for b in self.buffers)
+
     def split(self) -> tuple[Apart, Apart]:
         """Returns what may be trained, and the rest, as :func:`jaxopt_models.partition` does.
 
@@ -124,9 +128,7 @@ def place(members: Any, slices: Slices, *, name: str = "members") -> Apart:
         ]
         shape = (slices.count, *buffer.shape)
         found.append(
-            jax.make_array_from_single_device_arrays(
-                shape, slices.apart, there, dtype=buffer.dtype
-            )
+            jax.make_array_from_single_device_arrays(shape, slices.apart, there, dtype=buffer.dtype)
         )
     return Apart(tuple(found), layout)
 
@@ -179,12 +181,12 @@ def apart(
         others' derivatives need.
 
     Returns:
-      A function `(members, *args)`, compiled once: ``members`` an :class:`Apart` (or a list, that
-      becomes one in each call); an argument that is an :class:`Apart`, too, gives each member its
-      own, all others are the same for all.
+      A function `(members, *args)`, compiled once: ``members`` an :class:`Apart`. An argument that
+      is an :class:`Apart`, too, gives each member its own (``data`` does not divide it); all
+      others are the same for all.
 
     Raises:
-      TypeError: for a mesh that is none, or functions that are none.
+      TypeError: for a mesh that is none, functions that are none, or members that are not apart.
       ValueError: for an axis that the mesh has not, functions or members fewer or more than its
         devices, or rows that do not divide over ``data``.
 
@@ -229,12 +231,7 @@ def run_apart(
         same = one_of(runs) and all(layout.uniform for layout in layouts)
 
         def run(i: int, *args: Any) -> Any:
-            own = [
-                a.layout.unpack([None if b is None else b[0] for b in a.buffers], i)
-                if isinstance(a, Apart)
-                else a
-                for a in args
-            ]
+            own = [a.layout.unpack(a.held(), i) if isinstance(a, Apart) else a for a in args]
             return runs[i](*own)
 
         outs = [jax.eval_shape(lambda *a, i=i: run(i, *a), *args) for i in range(slices.count)]
@@ -251,14 +248,28 @@ def run_apart(
 
     @jax.jit
     def run(*args: Any) -> Any:
-        specs = tuple(
-            slices.apart.spec if isinstance(a, Apart) else slices.specs(a) for a in args
-        )
+        specs = tuple(slices.apart.spec if isinstance(a, Apart) else slices.specs(a) for a in args)
         rows = PartitionSpec(slices.data) if slices.data else PartitionSpec()
         outs = slices.mapped(shown, specs, rows)(*args)
         return outs if combine is None else combine(outs)
 
     def checked(members: Any, *args: Any) -> Any:
-        return run(place(members, slices), *args)
+        return run(held_apart(members, slices), *args)
 
     return checked
+
+
+def held_apart(members: Any, slices: Slices) -> Apart:
+    """Returns what is an :class:`Apart` with a member for each slice.
+
+    Raises:
+      TypeError: if it is none: in each call, every member would travel anew.
+      ValueError: for another number of members.
+    """
+    if not isinstance(members, Apart):
+        raise TypeError(
+            f"{slices.who}: parameters are {type(members).__name__}; put them on their devices "
+            f"once: parallel.Apart.of(list_of_params, mesh, axis={slices.axis!r})"
+        )
+    slices.listed(members.layout.members, "members")
+    return members

@@ -197,6 +197,11 @@ class Layout:
             leaves.append(x if slot.key is None else jax.random.wrap_key_data(x, impl=slot.key))
         return treedef.unflatten(leaves)
 
+    def unpack_all(self, buffers: Sequence[Any]) -> Any:
+        """Returns the tree of all members of one structure, with leaves `[members, ...]`."""
+        treedef, slots = self.members[0]
+        return treedef.unflatten([None if s is None else buffers[s.buffer] for s in slots])
+
     def struct(self, i: int) -> Any:
         """Returns the shapes and data types of a member."""
         buffers = [jax.ShapeDtypeStruct(b.shape, b.dtype) for b in self.buffers]

@@ -84,9 +84,7 @@ def one_by_one(line: Line, trained: Any, rest: Any, table: Timetable) -> tuple[A
         came = jax.tree.map(
             lambda r: jax.lax.dynamic_index_in_dim(r, m % table.stash, keepdims=False), ring
         )
-        more, behind, loss = line.backward(
-            trained, rest, came, m, behind, 1 / line.microbatches
-        )
+        more, behind, loss = line.backward(trained, rest, came, m, behind, 1 / line.microbatches)
         return wire, behind, ring, jax.tree.map(jnp.add, grads, more), value + loss
 
     start = 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from .._options import flag, whole
-from ._apart import Apart, place, wrapped
+from ._apart import Apart, held_apart, place, wrapped
 from ._line import Line
 from ._passes import forward, gpipe, one_by_one
 from ._slices import Slices
@@ -138,10 +138,8 @@ def pipeline(
         check(x, "x")
 
         def local(members: Apart, x: Any) -> Any:
-            line = Line.of(
-                slices, answers, members.layout, lambda out, _: out, divided(x), ()
-            )
-            done = forward(line, _held(members))
+            line = Line.of(slices, answers, members.layout, lambda out, _: out, divided(x), ())
+            done = forward(line, members.held())
             return jax.tree.map(lambda a: a.reshape(1, -1, *a.shape[2:]), done)
 
         specs = slices.apart.spec, rows
@@ -165,10 +163,8 @@ def pipeline(
             check(target, "target")
 
             def local(trained: Apart, rest: Apart, x: Any, target: Any) -> Any:
-                a, b = _held(trained), _held(rest)
-                line = Line.of(
-                    slices, learns, trained.layout, checked, divided(x), divided(target)
-                )
+                a, b = trained.held(), rest.held()
+                line = Line.of(slices, learns, trained.layout, checked, divided(x), divided(target))
                 if schedule == "gpipe":
                     value, grads = gpipe(line, a, b, remat=remat)
                 else:
@@ -183,22 +179,14 @@ def pipeline(
             value, grads = mapped(*members.split(), x, target)
             return value, Apart(grads, members.layout)
 
-        return lambda members, x, target: run(ready(members), x, target)
-
-    def ready(members: Any) -> Apart:
-        return place(members, slices, name="stages' parameters")
+        return lambda members, x, target: run(held_apart(members, slices), x, target)
 
     return Pipeline(
-        place=ready,
-        forward=lambda members, x: answer(ready(members), x),
+        place=lambda members: place(members, slices, name="stages' parameters"),
+        forward=lambda members, x: answer(held_apart(members, slices), x),
         value_and_grad=value_and_grad,
         training=lambda loss, optimizer, *, max_norm=None: training(
             slices, value_and_grad(loss), optimizer, max_norm=max_norm
         ),
         timetable=table,
     )
-
-
-def _held(members: Apart) -> tuple[Any, ...]:
-    """Returns the buffers that this device holds, without the axis of members."""
-    return tuple(None if b is None else b[0] for b in members.buffers)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from .._options import number
 from .._partition import combine, partition
 from ..distill._core import pairs
 from ._apart import Apart, place
-from ._layout import by_partition
 from ._slices import Slices, one_of
 
 
@@ -82,15 +83,15 @@ def training(
 
     def init(members: Any) -> ApartState:
         given = place(members, slices, name="members' parameters")
-        for i, tree in enumerate(given.members()):
-            if not any(by_partition(tree)):
+        halves = [partition(tree)[0] for tree in given.members()]
+        for i, half in enumerate(halves):
+            if not jax.tree.leaves(half):
                 raise TypeError(f"{who}: member {i} has no floating parameter to train")
-        state = given.members()
-        opt = [tx.init(partition(tree)[0]) for tx, tree in zip(txs, state, strict=True)]
+        opt = [tx.init(half) for tx, half in zip(txs, halves, strict=True)]
         trained, rest = jax.tree.map(jnp.copy, given).split()
         return ApartState(trained, rest, place(opt, slices), jnp.int32(0))
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def advance(state: ApartState, *batch: Any) -> Any:
         value, grads = value_and_grad(state.params, *batch)
         if max_norm is not None:
@@ -100,7 +101,26 @@ def training(
         new = dataclasses.replace(state, trained=trained, opt=opt, step=state.step + 1)
         return new, {"loss": value}
 
-    return Training(init, advance)
+    def step(state: ApartState, *batch: Any) -> tuple[ApartState, dict[str, jax.Array]]:
+        check_given(state, ApartState, who)
+        return advance(state, *batch)
+
+    step.program = advance  # type: ignore[attr-defined]
+    return Training(init, step)
+
+
+def check_given(state: Any, kind: type, who: str) -> None:
+    """Raises a `TypeError` unless it is a state, and a `ValueError` if it was given up."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{who}: state is {type(state).__name__}; a step takes what its init returned"
+        )
+    for x in jax.tree.leaves(state):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            raise ValueError(
+                f"{who}: this state was given up to an earlier step; go on with the state that "
+                "step returned, or call init again"
+            )
 
 
 def descend(
@@ -115,9 +135,7 @@ def descend(
 
     def local(grads: Apart, opt: Apart, trained: Apart, value: jax.Array) -> Any:
         def run(i: int, *given: Any) -> Any:
-            g, o, t = (
-                a.layout.unpack([None if b is None else b[0] for b in a.buffers], i) for a in given
-            )
+            g, o, t = (a.layout.unpack(a.held(), i) for a in given)
             u, o = txs[i].update(g, o, t, value=value)
             t = optax.apply_updates(t, u)
             return trained.layout.pack(t, i, trained=True), opt.layout.pack(o, i)
@@ -126,8 +144,6 @@ def descend(
         return jax.tree.map(lambda x: x[None], found)
 
     spec = slices.apart.spec
-    from jax.sharding import PartitionSpec
-
     mapped = slices.mapped(local, (spec, spec, spec, PartitionSpec()), spec)
     new, states = mapped(grads, opt, trained, value)
     return Apart(new, trained.layout), Apart(states, opt.layout)
