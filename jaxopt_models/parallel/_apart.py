@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from .._accelerate import accelerate, simulate
 from .._bits import dtype_bits
-from ._layout import Layout, by_dtype, by_partition, is_key
+from ._layout import Layout, by_dtype, by_partition
 from ._slices import Slices, one_of
 
 
@@ -71,7 +72,8 @@ class Apart:
           ValueError: if another process holds one of them.
         """
         count = len(self.layout.members)
-        return [self.layout.unpack([_member(b, i) for b in self.buffers], i) for i in range(count)]
+        held = [[_member(b, i) for b in self.buffers] for i in range(count)]
+        return [_taken_apart(self.layout, i, parts) for i, parts in enumerate(held)]
 
     def held(self) -> tuple[Any, ...]:
         """Returns what one device holds, inside of `jax.shard_map`: the buffers of its member."""
@@ -112,17 +114,16 @@ def place(members: Any, slices: Slices, *, name: str = "members") -> Apart:
                     f"{type(x).__name__}; members are trees of arrays: split a module first, "
                     "fn, params = jaxopt_models.functional(module)"
                 )
-    trees = [jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x), t) for t in trees]
     layout = Layout.of(trees, roles=by_partition)
-    packed = [layout.pack(tree, i) for i, tree in enumerate(trees)]
+    packed = [_put_together(layout, i, tree) for i, tree in enumerate(trees)]
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(packed)):
-        whole = [jnp.stack(parts) for parts in zip(*packed, strict=True)]
+        whole = [jnp.concatenate(parts) for parts in zip(*packed, strict=True)]
         held = [jax.lax.with_sharding_constraint(x, slices.apart) for x in whole]
         return Apart(tuple(held), layout)
     found = []
     for n, buffer in enumerate(layout.buffers):
         there = [
-            jax.device_put(parts[n][None], device)
+            jax.device_put(parts[n], device)
             for i, parts in enumerate(packed)
             for device in slices.devices(i)
         ]
@@ -133,16 +134,28 @@ def place(members: Any, slices: Slices, *, name: str = "members") -> Apart:
     return Apart(tuple(found), layout)
 
 
+# One program for each member, as its leaves would be as many for each device.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _put_together(layout: Layout, i: int, tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], layout.pack(tree, i))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _taken_apart(layout: Layout, i: int, rows: Any) -> Any:
+    return layout.unpack([None if x is None else x[0] for x in rows], i)
+
+
 def _member(buffer: Any, i: int) -> Any:
+    """Returns the row of one member, `[1, ...]`, where it lies."""
     if buffer is None or isinstance(buffer, jax.core.Tracer):
-        return None if buffer is None else buffer[i]
+        return None if buffer is None else buffer[i : i + 1]
     for shard in buffer.addressable_shards:
         rows = shard.index[0].indices(buffer.shape[0])
         whole = shard.data.shape[1:] == buffer.shape[1:]
         if rows[0] <= i < rows[1] and whole:
-            return shard.data[i - rows[0]]
+            return shard.data if len(shard.data) == 1 else shard.data[i - rows[0] :][:1]
     if buffer.is_fully_addressable:
-        return buffer[i]
+        return buffer[i : i + 1]
     raise ValueError(
         f"Apart.members: member {i} lies on another process's devices; save the Apart itself "
         "(Orbax writes the shards of each process), or use it inside of jax.jit"

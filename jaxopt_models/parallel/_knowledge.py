@@ -27,9 +27,9 @@ def teachers(
 ) -> Network:
     """Returns several teachers, each on its own devices, as one network.
 
-    Its parameters are an :class:`Apart` of the teachers', and it takes the place of a teacher in every scheme of :mod:`jaxopt_models.distill`: what it shows are the
-    outputs of all, computed side by side, of which outputs (and values that are tapped) alone
-    travel.
+    Its parameters are an :class:`Apart` of the teachers', and it takes the place of a teacher in
+    every scheme of :mod:`jaxopt_models.distill`: what it shows is what all of them show, computed
+    side by side. Outputs (and values that are tapped) alone travel.
 
     Args:
       networks: a function or :class:`~jaxopt_models.distill.Network` for each teacher; a single

@@ -138,7 +138,8 @@ def mutual(
         apart = [
             place(list(t), slices) for t in (state.trained, state.rest, state.opt, state.memories)
         ]
-        return PeersState(*apart, key=state.key, step=state.step)
+        key, step = slices.everywhere((state.key, state.step))
+        return PeersState(*apart, key=key, step=step)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state: PeersState, batch: Any) -> tuple[PeersState, dict[str, jax.Array]]:

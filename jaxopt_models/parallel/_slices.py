@@ -94,6 +94,10 @@ class Slices:
         """How arrays `[members, ...]` are divided."""
         return NamedSharding(self.mesh, PartitionSpec(self.axis))
 
+    def everywhere(self, tree: Any) -> Any:
+        """Returns a tree on all devices: where a compiled step leaves such arrays, too."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
     def specs(self, tree: Any) -> Any:
         """Returns how the arrays of a batch are divided.
 

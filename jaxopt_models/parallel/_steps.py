@@ -89,7 +89,7 @@ def training(
                 raise TypeError(f"{who}: member {i} has no floating parameter to train")
         opt = [tx.init(half) for tx, half in zip(txs, halves, strict=True)]
         trained, rest = jax.tree.map(jnp.copy, given).split()
-        return ApartState(trained, rest, place(opt, slices), jnp.int32(0))
+        return ApartState(trained, rest, place(opt, slices), slices.everywhere(jnp.int32(0)))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state: ApartState, *batch: Any) -> Any:
