@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec
 from .._accelerate import accelerate, simulate
 from .._bits import dtype_bits
 from ._layout import Layout, by_dtype, by_partition
-from ._slices import Slices, one_of
+from ._slices import Slices, no_mesh, one_of
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +74,9 @@ class Apart:
         """
         count = len(self.layout.members)
         held = [[_member(b, i) for b in self.buffers] for i in range(count)]
-        return [_taken_apart(self.layout, i, parts) for i, parts in enumerate(held)]
+        traced = any(isinstance(b, jax.core.Tracer) for b in self.buffers)
+        with contextlib.nullcontext() if traced else no_mesh():
+            return [_taken_apart(self.layout, i, parts) for i, parts in enumerate(held)]
 
     def held(self) -> tuple[Any, ...]:
         """Returns what one device holds, inside of `jax.shard_map`: the buffers of its member."""
@@ -115,22 +118,22 @@ def place(members: Any, slices: Slices, *, name: str = "members") -> Apart:
                     "fn, params = jaxopt_models.functional(module)"
                 )
     layout = Layout.of(trees, roles=by_partition)
-    packed = [_put_together(layout, i, tree) for i, tree in enumerate(trees)]
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(packed)):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
+        packed = [_put_together(layout, i, tree) for i, tree in enumerate(trees)]
         whole = [jnp.concatenate(parts) for parts in zip(*packed, strict=True)]
         held = [jax.lax.with_sharding_constraint(x, slices.apart) for x in whole]
         return Apart(tuple(held), layout)
-    found = []
-    for n, buffer in enumerate(layout.buffers):
-        there = [
-            jax.device_put(parts[n], device)
-            for i, parts in enumerate(packed)
-            for device in slices.devices(i)
-        ]
-        shape = (slices.count, *buffer.shape)
-        found.append(
-            jax.make_array_from_single_device_arrays(shape, slices.apart, there, dtype=buffer.dtype)
+    there: list[list[jax.Array]] = [[] for _ in layout.buffers]
+    with no_mesh():
+        for i, tree in enumerate(trees):
+            for arrays, x in zip(there, _put_together(layout, i, tree), strict=True):
+                arrays += [jax.device_put(x, device) for device in slices.devices(i)]
+    found = [
+        jax.make_array_from_single_device_arrays(
+            (slices.count, *buffer.shape), slices.apart, arrays, dtype=buffer.dtype
         )
+        for buffer, arrays in zip(layout.buffers, there, strict=True)
+    ]
     return Apart(tuple(found), layout)
 
 

@@ -19,7 +19,7 @@ from ..distill._teach import listed
 from ._apart import Apart, place
 from ._knowledge import networks_of
 from ._layout import Layout, by_dtype
-from ._slices import Slices, one_of
+from ._slices import Slices, no_mesh, one_of
 from ._steps import check_given
 
 
@@ -124,17 +124,18 @@ def mutual(
         )
         params = params.members() if isinstance(params, Apart) else params
         params = slices.listed(params, "peers' parameters")
-        state = begin(
-            networks,
-            params,
-            (),
-            txs,
-            heads=heads,
-            memories=memory,
-            kept=None,
-            key=key,
-            who=who,
-        )
+        with no_mesh():
+            state = begin(
+                networks,
+                params,
+                (),
+                txs,
+                heads=heads,
+                memories=memory,
+                kept=None,
+                key=key,
+                who=who,
+            )
         apart = [
             place(list(t), slices) for t in (state.trained, state.rest, state.opt, state.memories)
         ]

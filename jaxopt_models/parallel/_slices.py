@@ -123,7 +123,17 @@ class Slices:
 
         Which values differ along which axis is not tracked: model code that knows of no mesh,
         such as a loop that begins with zeros, would have to be changed for it.
+
+        Raises:
+          ValueError: under another mesh, or one whose axes are not Auto.
         """
+        context = jax.sharding.get_abstract_mesh()
+        if not context.empty and context != self.mesh.abstract_mesh:
+            raise ValueError(
+                f"{self.who}: called under {context}, where XLA cannot decide where values lie; "
+                "leave jax.set_mesh or jax.shard_map around it away, or set this mesh with axes of "
+                "jax.sharding.AxisType.Auto"
+            )
         return jax.shard_map(
             fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
@@ -140,6 +150,14 @@ class Slices:
             return run(0, *operands)
         runs = [lambda *given, i=i: run(i, *given) for i in range(self.count)]
         return jax.lax.switch(jax.lax.axis_index(self.axis), runs, *operands)
+
+
+def no_mesh() -> Any:
+    """Returns a context in which arrays of single devices can be computed with.
+
+    Under `jax.set_mesh` JAX refuses them.
+    """
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def one_of(given: Sequence[Any]) -> bool:

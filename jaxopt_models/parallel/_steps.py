@@ -16,7 +16,7 @@ from .._options import number
 from .._partition import combine, partition
 from ..distill._core import pairs
 from ._apart import Apart, place
-from ._slices import Slices, one_of
+from ._slices import Slices, no_mesh, one_of
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,8 @@ def training(
         for i, half in enumerate(halves):
             if not jax.tree.leaves(half):
                 raise TypeError(f"{who}: member {i} has no floating parameter to train")
-        opt = [tx.init(half) for tx, half in zip(txs, halves, strict=True)]
+        with no_mesh():
+            opt = [tx.init(half) for tx, half in zip(txs, halves, strict=True)]
         trained, rest = jax.tree.map(jnp.copy, given).split()
         return ApartState(trained, rest, place(opt, slices), slices.everywhere(jnp.int32(0)))
 

@@ -106,10 +106,10 @@ def test_an_ensemble_apart_is_one_teacher_of_any_scheme():
     ensemble = parallel.teachers(one, where, combine=parallel.mean)
     apart = parallel.Apart.of(params, where, axis="teacher")
     expected = (one(params[0], batch()[0]) + one(params[1], batch()[0])) / 2
+    scheme = distill.teacher_student(one, ensemble, LOSS, optax.sgd(0.1))
+    _, metrics = scheme.step(scheme.init(linear(), apart), (*batch(),))
+    assert set(metrics) == {"loss", "hard", "soft"}
     assert gap(ensemble.look(apart, batch()).out, expected) < 1e-6
-    scheme = distill.joint([two, one], ensemble, LOSS, optax.sgd(0.1))
-    _, metrics = scheme.step(scheme.init([deep(4), linear()], apart), batch())
-    assert metrics["loss"].shape == (2,)
 
 
 @pytest.mark.parametrize("alike", [False, pytest.param(True, marks=pytest.mark.full)])
@@ -181,8 +181,8 @@ def test_towers_of_their_own_compression_are_trained_together():
     trained = [t for t, _ in halves]
     value, grads = jax.jit(jax.value_and_grad(plain))(trained)
     expected = jax.tree.map(lambda t, g: t - 0.1 * g, trained, grads)
-    assert gap(metrics["loss"], value) < 1e-6
-    assert gap(state.trained.members(), expected) < 1e-6
+    assert gap(metrics["loss"], value) < 1e-5
+    assert gap(state.trained.members(), expected) < 1e-5
 
 
 def test_a_teacher_ahead_works_on_its_own_devices():
