@@ -8,6 +8,8 @@ from typing import Any
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _LOOP = re.compile(r"\bwhile\([^\n]*\bbody=%?([\w.\-]+)[^\n]*")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 
 
 def ticks(program: Any) -> list[int]:
@@ -38,7 +40,11 @@ def ticks(program: Any) -> list[int]:
         if " collective-permute" not in bodies.get(loop[1], ""):
             continue
         trips = _TRIPS.search(loop[0])
-        if trips is None:
+        # A TPU's compiler does not say; JAX's loops count from zero to the one bound they have.
+        condition = _CONDITION.search(loop[0])
+        test = bodies.get(condition[1], "") if condition else ""
+        bounds = [trips[1]] if trips else _BOUND.findall(test) if "direction=LT" in test else []
+        if len(bounds) != 1:
             raise ValueError(f"ticks: the program does not say how often {loop[1]} runs")
-        found.append(int(trips[1]))
+        found.append(int(bounds[0]))
     return found
