@@ -258,3 +258,23 @@ def test_what_is_wrong_is_named():
     with pytest.raises(TypeError) as error:
         wrong.forward(apart, x)
     assert "in stage 1 of 2, whose input is float32[2, 3]" in error.value.__notes__[0]
+
+
+def test_ticks_are_read_where_the_compiler_only_gives_a_bound():
+    text = """HloModule pipeline
+%body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %sent = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+%test.1 (p: (s32[], f32[4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(11)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %loop = (s32[], f32[4]) while(%start), condition=%test.1, body=%body.1
+}
+"""
+    assert parallel.ticks(text) == [11]
+    with pytest.raises(ValueError, match=r"how often body\.1 runs"):
+        parallel.ticks(text.replace("constant(11)", "parameter(0)"))
