@@ -221,7 +221,7 @@ def side_by_side(
         )
         if after is not None:
             done = dataclasses.replace(done, kept=after(state, done))
-        return done, _stacked([{"loss": value, **metrics} for value, metrics, _ in found])
+        return done, stacked([{"loss": value, **metrics} for value, metrics, _ in found])
 
     def init(
         students_params: Sequence[Any],
@@ -249,7 +249,8 @@ def side_by_side(
     return init, advance
 
 
-def _stacked(metrics: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def stacked(metrics: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Returns the metrics of several students as arrays; of a single one as they are."""
     if len(metrics) == 1:
         return metrics[0]
     shared = [name for name in metrics[0] if all(name in m for m in metrics)]

@@ -20,12 +20,13 @@ class Place:
 
     Args:
       mesh: the devices; ``None`` for wherever JAX puts arrays.
-      axis: the axis over which the first axis of a batch's arrays is divided.
+      axis: the axis over which the first axis of a batch's arrays is divided; ``None``: batches
+        are on every device, too.
       who: the public function, for messages.
     """
 
     mesh: Mesh | None
-    axis: str
+    axis: str | None
     who: str
 
     def __post_init__(self) -> None:
@@ -37,7 +38,7 @@ class Place:
                 "jax.make_mesh((8,), ('data',))"
             )
         names = self.mesh.axis_names
-        if self.axis not in names:
+        if self.axis is not None and self.axis not in names:
             raise ValueError(f"{self.who}: axis={self.axis!r} is none of the mesh's {names}")
         auto = (AxisType.Auto,) * len(names)
         object.__setattr__(self, "mesh", Mesh(self.mesh.devices, names, axis_types=auto))
@@ -63,7 +64,7 @@ class Place:
         """
         if self.mesh is None:
             return batch
-        size = self.mesh.shape[self.axis]
+        size = 1 if self.axis is None else self.mesh.shape[self.axis]
 
         def put(x: Any) -> Any:
             shape = getattr(x, "shape", ())

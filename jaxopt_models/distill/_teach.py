@@ -94,7 +94,7 @@ def one_student(
     *,
     heads_optimizer: optax.GradientTransformation | None,
     mesh: Mesh | None,
-    axis: str,
+    axis: str | None,
     who: str,
 ) -> Scheme:
     """Returns :func:`teacher_student` under another name for messages."""
