@@ -1,0 +1,4 @@
+"""Parallelism of dense and compressed models over meshes of devices."""
+
+from ._tensor import Rules as Rules
+from ._tensor import tensor as tensor

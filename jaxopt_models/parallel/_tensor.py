@@ -1,0 +1,246 @@
+"""Tensor parallelism: which axis of which parameter is divided, found in the program itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jax.sharding import Mesh, PartitionSpec
+
+from .._call import check_function, name_of
+from .._options import whole
+from .._table import Table
+from ._atom_walk import Axes, axes_of, axis_of
+from ._atoms import Use, flat
+from ._spaces import Space, bytes_of, chosen, gathers, made_by, refused, spaces_of
+
+
+class Rules(list[tuple[str, PartitionSpec]]):
+    """Pairs of a regular expression for whole paths and a partition; the first match decides.
+
+    Args:
+      pairs: the pairs.
+      table: a row for each parameter: how it is divided, or why it is not.
+      collectives: a row for each operation that needs a transfer between devices.
+      inside: partitions of values inside the function that belong to these rules, by the names of
+        :func:`jaxopt_models.taps`; for :func:`constrain`.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[str, PartitionSpec]],
+        *,
+        table: Table,
+        collectives: Table | None = None,
+        inside: dict[str, PartitionSpec] | None = None,
+    ):
+        super().__init__(pairs)
+        self.table = table
+        self.collectives = collectives
+        self.inside = dict(inside or {})
+
+
+def tensor(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    size: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "model",
+    smallest: int = 1 << 16,
+) -> Rules:
+    r"""Finds how the parameters of a function are divided so that products are computed apart.
+
+    The program of ``fn`` is traced, and axes that are one and the same are found: the heads of an
+    attention, the hidden units of a feed-forward layer, the channels between two convolutions
+    with their batch norm, the state of an LSTM, the words of a table. Such a space of size `n`
+    is divided over `k` devices where nothing between needs all of it:
+
+    .. math:: y = f(x A) B = \sum_{i=1}^{k} f(x A_{:,i}) B_{i,:}
+
+    What makes it (`A`) is divided by columns, its bias too, what takes it in (`B`) by rows, and
+    the only transfer is the sum, Megatron's layout. A space is left whole that a norm reduces,
+    that is returned, that does not divide, or that meets another in one array. Of those that
+    meet, the set with the most bytes is divided; streams that layers add to come last. A kernel
+    from a space to itself (a recurrent one) is divided by columns, its input gathered. A table
+    of embeddings that can be divided in no other way is divided by features, its lookups gathered:
+    pass ``rules.inside`` to :func:`constrain` to keep that from spreading.
+
+    Args:
+      fn: function of `(params, ...)`, as :func:`jaxopt_models.functional` returns it.
+      params: its parameters, dense or compressed; of compressed ones no group or packed word is
+        cut. Shapes are enough.
+      *args: its other arguments; shapes are enough.
+      size: number of devices that divide a space; instead of ``mesh``.
+      mesh: the devices.
+      axis: name of the mesh axis in the rules.
+      smallest: spaces and tables with fewer entries are not divided.
+
+    Returns:
+      Rules for every parameter, the last one for all that stay whole. ``rules.table`` says for
+      each parameter how it is divided or why it is not, ``rules.collectives`` which transfers a
+      call needs, ``rules.inside`` what :func:`constrain` should pin.
+
+    Raises:
+      TypeError: if ``fn`` is no function.
+      ValueError: if not exactly one of ``size`` and ``mesh`` is given, or ``axis`` is none of the
+        mesh's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> fn = lambda p, x: jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
+      >>> params = {"up": jnp.ones((4, 8)), "bias": jnp.ones((1, 8)), "down": jnp.ones((8, 4))}
+      >>> rules = tensor(fn, params, jnp.ones((2, 4)), size=2, smallest=0)
+      >>> for rule in rules: print(rule)
+      ('bias', PartitionSpec(None, 'model'))
+      ('down', PartitionSpec('model', None))
+      ('up', PartitionSpec(None, 'model'))
+      ('.*', PartitionSpec())
+      >>> rules.collectives[0]["kind"]
+      'all-reduce'
+
+    References:
+      Shoeybi et al., `Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
+      Parallelism <https://arxiv.org/abs/1909.08053>`_, 2019
+    """
+    check_function(fn, "tensor")
+    size = devices_of(size, mesh, axis, "tensor")
+    smallest = whole(smallest, "smallest", least=0)
+    axes = axes_of(fn, params, args, {}, who="tensor")
+    spaces = spaces_of(axes, axis, size)
+    taken = chosen(spaces, smallest)
+    divided: dict[int, tuple[int, str]] = {}
+    notes: dict[int, str] = {}
+    kinds: dict[Use, str] = {}
+    for space in taken:
+        made = set(made_by(axes, space))
+        for i, d in space.members.items():
+            x = axes.parameters[i].value
+            if why := refused(x, d, axis, size):
+                notes[i] = f"axis {d}: {why}"
+            else:
+                divided[i] = d, "made apart" if i in made else "summed over devices"
+        kinds |= {u: "all-gather" if gathers(u, space) else "all-reduce" for u in space.uses}
+    inside = _tables(axes, divided, kinds, axis, size, smallest)
+    table = _table(axes, spaces, divided, notes, axis, size, name_of(fn))
+    specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
+    columns = ("operation", "kind", "parameter", "bytes", "times")
+    transfers = [_transfer(u, kinds[u]) for u in axes.uses if u in kinds]
+    collectives = Table(columns, transfers, title=f"transfers of {name_of(fn)} over {axis!r}")
+    return Rules(
+        [*shortened(specs), (".*", PartitionSpec())],
+        table=table,
+        collectives=collectives,
+        inside=inside,
+    )
+
+
+def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:
+    """Returns the number of devices along a mesh axis, given as it is or as a mesh."""
+    if (size is None) == (mesh is None):
+        raise ValueError(f"{who}: give either size=, the number of devices, or mesh=")
+    if mesh is None:
+        return whole(size, "size", least=1)
+    if axis not in mesh.shape:
+        raise ValueError(f"{who}: axis={axis!r} is none of the mesh's {tuple(mesh.axis_names)}")
+    return mesh.shape[axis]
+
+
+def _transfer(use: Use, kind: str) -> tuple[Any, ...]:
+    moved = use.given if kind == "all-gather" and not use.lookup else use.out
+    return use.label, kind, ", ".join(sorted(use.kernel.paths)), moved.bytes, use.times
+
+
+def _tables(
+    axes: Axes,
+    divided: dict[int, tuple[int, str]],
+    kinds: dict[Use, str],
+    name: str,
+    size: int,
+    smallest: int,
+) -> dict[str, PartitionSpec]:
+    """Divides by features what is looked up and could not be divided otherwise."""
+    inside = {}
+    for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
+        uses = [u for u in axes.uses if p.path in u.kernel.paths]
+        lookups = [u for u in uses if u.lookup]
+        if i in divided or not lookups or p.value.size < smallest:
+            continue
+        rows = {d for u in lookups for d in axis_of(value, u.reduced)}
+        can = [
+            d
+            for d in range(len(p.value.shape))
+            if d not in rows and p.value.shape[d] > 1 and not refused(p.value, d, name, size)
+            and all(u.lookup or axis_of(value, u.reduced) == [d] for u in uses)
+        ]
+        if not can:
+            continue
+        d = max(can, key=lambda d: p.value.shape[d])
+        divided[i] = d, "features, gathered after each lookup"
+        ndim = len(lookups[0].out.axes)
+        free = PartitionSpec.UNCONSTRAINED
+        inside[f"path:{p.path}"] = PartitionSpec(*[free] * (ndim - 1), None)
+        kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
+    return inside
+
+
+def _spec(x: Any, found: tuple[int, str] | None, name: str) -> PartitionSpec:
+    if found is None:
+        return PartitionSpec()
+    return PartitionSpec(*[name if d == found[0] else None for d in range(len(x.shape))])
+
+
+def _table(
+    axes: Axes,
+    spaces: Sequence[Space],
+    divided: dict[int, tuple[int, str]],
+    notes: dict[int, str],
+    name: str,
+    size: int,
+    fn: str,
+) -> Table:
+    by_atom = {s.atom: s for s in spaces}
+    rows, total, each = [], 0, 0
+    for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
+        found, stored = divided.get(i), bytes_of(p.value)
+        reasons = {
+            f"axis {d} of {p.value.shape[d]}": by_atom[flat(axis)[0]].atom.why
+            for d, axis in enumerate(value.axes)
+            if axis
+        }
+        note = found[1] if found else notes.get(i) or _because(reasons)
+        mine = stored // size if found else stored
+        total, each = total + stored, each + mine
+        spec = _spec(p.value, found, name)
+        rows.append((p.path, str(list(p.value.shape)), _shown(spec), stored, mine, note))
+    columns = ("path", "shape", "divided", "bytes", "a device", "note")
+    title = f"{fn}: {size} devices along {name!r} hold {each:,} of {total:,} bytes each"
+    return Table(columns, rows, title=title, data={"total": total, "each": each})
+
+
+def _because(reasons: dict[str, str]) -> str:
+    """Says each reason once."""
+    by_why: dict[str, list[str]] = {}
+    for where, why in reasons.items():
+        by_why.setdefault(why, []).append(where)
+    return "; ".join(f"{', '.join(where)}: {why}" for why, where in by_why.items() if why)
+
+
+def _shown(spec: PartitionSpec) -> str:
+    return str(tuple(spec)) if any(spec) else ""
+
+
+def shortened(specs: dict[str, PartitionSpec]) -> list[tuple[str, PartitionSpec]]:
+    """Returns rules for paths, one for all that differ in numbers only; whole ones are left out."""
+    groups: dict[str, list[str]] = {}
+    for path in specs:
+        groups.setdefault(re.sub(r"\d+", r"\\d+", re.escape(path)), []).append(path)
+    rules = []
+    for pattern, paths in groups.items():
+        found = {specs[p] for p in paths}
+        if len(found) == 1 and any(specs[paths[0]]):
+            rules.append((pattern, specs[paths[0]]))
+        elif len(found) > 1:
+            rules += [(re.escape(p), specs[p]) for p in paths if any(specs[p])]
+    return rules
