@@ -43,6 +43,8 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _bodies
 from ._bits import dtype_bits
@@ -226,7 +228,7 @@ class Walk:
 
     def mesh_spec(self, axes: tuple[str, ...]) -> Any:
         """Returns the partition of what :meth:`over_mesh` returns."""
-        return jax.sharding.PartitionSpec()
+        return PartitionSpec()
 
     rules: ClassVar[dict[str, Callable[..., list[Any]]]] = {}
 
@@ -325,10 +327,24 @@ def _can_order(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x) > 0 and not divided
 
 
-@jax.custom_batching.custom_vmap
-def _zero(x: jax.Array) -> jax.Array:
+@custom_partitioning
+def _first_as_zero(x: jax.Array) -> jax.Array:
     first = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
     return (jax.lax.bitcast_convert_type(first, jnp.uint32) >> 31) >> 1
+
+
+def _of_each_device(mesh: Any, shapes: Any, result: Any) -> Any:
+    """Lets each device of a mesh take the first entry that it has: they are all zero."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return mesh, _first_as_zero.fun, whole, (shapes[0].sharding,)
+
+
+_first_as_zero.def_partition(partition=_of_each_device, sharding_rule="... ->")
+
+
+@jax.custom_batching.custom_vmap
+def _zero(x: jax.Array) -> jax.Array:
+    return _first_as_zero(x)
 
 
 @_zero.def_vmap

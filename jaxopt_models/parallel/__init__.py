@@ -1,4 +1,5 @@
 """Parallelism of dense and compressed models over meshes of devices."""
 
+from ._constrain import constrain as constrain
 from ._tensor import Rules as Rules
 from ._tensor import tensor as tensor

@@ -1,0 +1,178 @@
+"""Where values inside a function lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._call import check_function, finish, name_of, take_apart, trace
+from .._paths import flatten
+from .._taps import scopes_of, sites_of
+from .._tracked import dense, origins_of
+from .._walk import Walk
+
+Where = Mapping[str, PartitionSpec] | Sequence[tuple[str, PartitionSpec]]
+
+
+def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[..., Any]:
+    """Returns ``fn`` with values inside it placed on a mesh.
+
+    So activations between tensor-parallel layers are divided along the sequence,
+    ``{r"norm\\d": PartitionSpec("data", "model", None)}``: the sum behind a layer divided by rows
+    becomes a reduce-scatter, and an all-gather stands before the next layer divided by columns.
+    What is computed does not change.
+
+    Values are named as in :func:`jaxopt_models.taps`: the path of a parameter (what the operation
+    that uses it returns), a scope or the end of one (what leaves it), an equation
+    (``"eqn:dot_general:3"``), each as a regular expression. ``"path:"``, ``"scope:"`` or
+    ``"eqn:"`` before it means just that. Every value that matches is placed, by the first name
+    that matches it.
+
+    Args:
+      fn: function of `(params, ...)`; parameters may be compressed.
+      where: partitions by name. One shorter than the axes of a value leaves the last axes whole;
+        `PartitionSpec.UNCONSTRAINED` leaves an axis to XLA.
+      mesh: the devices, with Auto axes.
+
+    Returns:
+      A function of the same arguments.
+
+    Raises:
+      TypeError: if ``fn`` is no function, or ``where`` holds no partitions.
+      ValueError: when called, if a name matches nothing (the message lists the names), or a value
+        has fewer axes than its partition or does not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> def fn(params, x):
+      ...     with jax.named_scope("hidden"):
+      ...         x = x @ params["a"]
+      ...     return x @ params["b"]
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+      >>> placed = constrain(fn, {"hidden": P(None, "model")}, mesh=mesh)
+      >>> placed({"a": jnp.eye(2), "b": jnp.ones((2, 1))}, jnp.ones((1, 2)))
+      Array([[2.]], dtype=float32)
+
+    References:
+      Korthikanti et al., `Reducing Activation Recomputation in Large Transformer Models
+      <https://arxiv.org/abs/2205.05198>`_, 2022
+    """
+    check_function(fn, "constrain")
+    pairs = list(where.items() if isinstance(where, Mapping) else where)
+    for name, spec in pairs:
+        if not isinstance(name, str) or not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                f"constrain: {name!r}: {spec!r} is no pair of a name and a PartitionSpec"
+            )
+
+    @functools.wraps(fn)
+    def call(params: Any, *args: Any, **kwargs: Any) -> Any:
+        frame, arrays = take_apart(params, args, kwargs)
+        return (kept if frame.hashable() else run)(frame, arrays)
+
+    def run(frame: Any, arrays: list[Any]) -> Any:
+        program = trace(fn, frame, arrays, who="constrain", every=True, reached=False)
+        known = [p.path for p in flatten(frame.restore(arrays)[0])[0]]
+        wanted, paths = _resolved(pairs, program, known, name_of(fn))
+        walk = _Constraining(wanted=wanted, paths=paths, mesh=mesh)
+        return finish(program, walk.run(program.jaxpr, program.consts, program.operands))
+
+    kept = jax.jit(run, static_argnums=0)
+    return call if pairs else fn
+
+
+Named = tuple[str, PartitionSpec]
+
+
+def _resolved(
+    pairs: Sequence[Named], program: Any, known: Sequence[str], fn: str
+) -> tuple[dict[Any, dict[int, Named]], dict[str, Named]]:
+    """Returns partitions by the trail and number of a value, and by the path of a parameter."""
+    sites = sites_of(program.jaxpr)
+    scopes = scopes_of(sites)
+    labels = {s.label: s for s in sites}
+    wanted: dict[Any, dict[int, Named]] = {}
+    paths: dict[str, Named] = {}
+    for full, spec in pairs:
+        kind, _, rest = full.partition(":")
+        kind, name = (kind, rest) if kind in ("path", "scope", "eqn") else ("", full)
+        found = 0
+        if kind in ("", "path"):
+            for path in _matching(name, known):
+                paths.setdefault(path, (full, spec))
+                found += 1
+        if kind in ("", "scope"):
+            for scope in _matching(name, scopes, ends=True):
+                for (site, i), _ in scopes[scope]:
+                    wanted.setdefault(site.trail, {}).setdefault(i, (full, spec))
+                    found += 1
+        if kind == "eqn":
+            for label in _matching(name, labels):
+                for i in range(len(labels[label].eqn.outvars)):
+                    wanted.setdefault(labels[label].trail, {}).setdefault(i, (full, spec))
+                    found += 1
+        if not found:
+            there = {"path": sorted(known), "scope": sorted(scopes), "eqn": sorted(labels)}
+            kinds = {"path": "parameters", "scope": "scopes", "eqn": "equations"}
+            lists = [f"{kinds[k]} are {there[k]}" for k in ([kind] if kind else ["path", "scope"])]
+            raise ValueError(f"constrain: {full!r} matches no value of {fn}: {'; '.join(lists)}")
+    return wanted, paths
+
+
+def _matching(name: str, known: Any, *, ends: bool = False) -> list[str]:
+    if name in known:
+        return [name]
+    try:
+        pattern = re.compile(rf"(?:.*/)?(?:{name})" if ends else name)
+    except re.error as e:
+        raise ValueError(f"constrain: {name!r} is no regular expression: {e}") from None
+    return [k for k in known if pattern.fullmatch(k)]
+
+
+@dataclasses.dataclass
+class _Constraining(Walk):
+    """A walk that places values.
+
+    Args:
+      wanted: partitions by trail and number.
+      paths: partitions by the path of a parameter.
+      mesh: the devices.
+    """
+
+    wanted: dict[Any, dict[int, Named]] = dataclasses.field(default_factory=dict)
+    paths: dict[str, Named] = dataclasses.field(default_factory=dict)
+    mesh: Any = None
+
+    def wants(self, eqn: Any) -> bool:
+        trail = self.trail(eqn)
+        return any(t[: len(trail)] == trail and len(t) > len(trail) for t in self.wanted)
+
+    def after(self, eqn: Any, found: list[Any]) -> None:
+        for i, named in self.wanted.get(self.trail(eqn), {}).items():
+            found[i] = self._placed(found[i], named)
+
+    def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        found = super().use(eqn, operands)
+        origins = [o for x in operands for o in origins_of(x)]
+        named = next((self.paths[o.path] for o in origins if o.path in self.paths), None)
+        return found if named is None else [self._placed(found[0], named), *found[1:]]
+
+    def _placed(self, x: Any, named: Named) -> Any:
+        name, spec = named
+        value = dense(x)
+        if len(spec) > value.ndim:
+            raise ValueError(
+                f"constrain: {name!r} is a value of shape {list(value.shape)}, which has fewer "
+                f"axes than {spec}"
+            )
+        try:
+            return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
+        except ValueError as e:
+            raise ValueError(f"constrain: {name!r} of shape {list(value.shape)}: {e}") from e
