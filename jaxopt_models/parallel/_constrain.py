@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._graph import PRODUCTS
 from .._call import check_function, finish, name_of, take_apart, trace
 from .._paths import flatten
 from .._taps import scopes_of, sites_of
-from .._tracked import dense, origins_of
+from .._tracked import dense, is_tracked, origins_of
 from .._walk import Walk
 
 Where = Mapping[str, PartitionSpec] | Sequence[tuple[str, PartitionSpec]]
@@ -31,8 +32,8 @@ def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[.
     Values are named as in :func:`jaxopt_models.taps`: the path of a parameter (what the operation
     that uses it returns), a scope or the end of one (what leaves it), an equation
     (``"eqn:dot_general:3"``), each as a regular expression. ``"path:"``, ``"scope:"`` or
-    ``"eqn:"`` before it means just that. Every value that matches is placed, by the first name
-    that matches it.
+    ``"eqn:"`` before it means just that, and ``"input:"`` with the path of a parameter what it is
+    multiplied with. Every value that matches is placed, by the first name that matches it.
 
     Args:
       fn: function of `(params, ...)`; parameters may be compressed.
@@ -80,8 +81,8 @@ def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[.
     def run(frame: Any, arrays: list[Any]) -> Any:
         program = trace(fn, frame, arrays, who="constrain", every=True, reached=False)
         known = [p.path for p in flatten(frame.restore(arrays)[0])[0]]
-        wanted, paths = _resolved(pairs, program, known, name_of(fn))
-        walk = _Constraining(wanted=wanted, paths=paths, mesh=mesh)
+        named = _resolved(pairs, program, known, name_of(fn))
+        walk = _Constraining(named=named, mesh=mesh)
         return finish(program, walk.run(program.jaxpr, program.consts, program.operands))
 
     kept = jax.jit(run, static_argnums=0)
@@ -91,39 +92,49 @@ def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[.
 Named = tuple[str, PartitionSpec]
 
 
-def _resolved(
-    pairs: Sequence[Named], program: Any, known: Sequence[str], fn: str
-) -> tuple[dict[Any, dict[int, Named]], dict[str, Named]]:
-    """Returns partitions by the trail and number of a value, and by the path of a parameter."""
+@dataclasses.dataclass
+class _Names:
+    """Which values are placed.
+
+    Args:
+      values: a name and its partition by the trail of an equation and the number of a result.
+      paths: the same by the path of a parameter, for what an operation with it returns.
+      inputs: for what it is multiplied with.
+    """
+
+    values: dict[Any, dict[int, Named]] = dataclasses.field(default_factory=dict)
+    paths: dict[str, Named] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, Named] = dataclasses.field(default_factory=dict)
+
+    def value(self, trail: Any, i: int, named: Named) -> None:
+        """Places a value, unless an earlier name does."""
+        self.values.setdefault(trail, {}).setdefault(i, named)
+
+
+def _resolved(pairs: Sequence[Named], program: Any, known: Sequence[str], fn: str) -> _Names:
     sites = sites_of(program.jaxpr)
     scopes = scopes_of(sites)
     labels = {s.label: s for s in sites}
-    wanted: dict[Any, dict[int, Named]] = {}
-    paths: dict[str, Named] = {}
+    there = {"path": known, "scope": scopes, "eqn": labels, "input": known}
+    names = _Names()
     for full, spec in pairs:
         kind, _, rest = full.partition(":")
-        kind, name = (kind, rest) if kind in ("path", "scope", "eqn") else ("", full)
-        found = 0
-        if kind in ("", "path"):
-            for path in _matching(name, known):
-                paths.setdefault(path, (full, spec))
-                found += 1
-        if kind in ("", "scope"):
-            for scope in _matching(name, scopes, ends=True):
-                for (site, i), _ in scopes[scope]:
-                    wanted.setdefault(site.trail, {}).setdefault(i, (full, spec))
-                    found += 1
-        if kind == "eqn":
-            for label in _matching(name, labels):
-                for i in range(len(labels[label].eqn.outvars)):
-                    wanted.setdefault(labels[label].trail, {}).setdefault(i, (full, spec))
-                    found += 1
+        kinds, name = ([kind], rest) if kind in there else (["path", "scope"], full)
+        found = [(k, n) for k in kinds for n in _matching(name, there[k], ends=k == "scope")]
+        for k, n in found:
+            if k in ("path", "input"):
+                (names.paths if k == "path" else names.inputs).setdefault(n, (full, spec))
+            elif k == "scope":
+                for (site, i), _ in scopes[n]:
+                    names.value(site.trail, i, (full, spec))
+            else:
+                for i in range(len(labels[n].eqn.outvars)):
+                    names.value(labels[n].trail, i, (full, spec))
         if not found:
-            there = {"path": sorted(known), "scope": sorted(scopes), "eqn": sorted(labels)}
-            kinds = {"path": "parameters", "scope": "scopes", "eqn": "equations"}
-            lists = [f"{kinds[k]} are {there[k]}" for k in ([kind] if kind else ["path", "scope"])]
+            words = {"path": "parameters", "scope": "scopes", "eqn": "equations"}
+            lists = [f"{words.get(k, 'parameters')} are {sorted(there[k])}" for k in kinds]
             raise ValueError(f"constrain: {full!r} matches no value of {fn}: {'; '.join(lists)}")
-    return wanted, paths
+    return names
 
 
 def _matching(name: str, known: Any, *, ends: bool = False) -> list[str]:
@@ -141,28 +152,29 @@ class _Constraining(Walk):
     """A walk that places values.
 
     Args:
-      wanted: partitions by trail and number.
-      paths: partitions by the path of a parameter.
+      named: which.
       mesh: the devices.
     """
 
-    wanted: dict[Any, dict[int, Named]] = dataclasses.field(default_factory=dict)
-    paths: dict[str, Named] = dataclasses.field(default_factory=dict)
+    named: _Names = dataclasses.field(default_factory=_Names)
     mesh: Any = None
 
     def wants(self, eqn: Any) -> bool:
         trail = self.trail(eqn)
-        return any(t[: len(trail)] == trail and len(t) > len(trail) for t in self.wanted)
+        return any(t[: len(trail)] == trail and len(t) > len(trail) for t in self.named.values)
 
     def after(self, eqn: Any, found: list[Any]) -> None:
-        for i, named in self.wanted.get(self.trail(eqn), {}).items():
+        for i, named in self.named.values.get(self.trail(eqn), {}).items():
             found[i] = self._placed(found[i], named)
 
     def use(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        paths = [o.path for x in operands for o in origins_of(x)]
+        given = next((self.named.inputs[p] for p in paths if p in self.named.inputs), None)
+        if given is not None and eqn.primitive.name in PRODUCTS:
+            operands = [x if is_tracked(x) else self._placed(x, given) for x in operands]
         found = super().use(eqn, operands)
-        origins = [o for x in operands for o in origins_of(x)]
-        named = next((self.paths[o.path] for o in origins if o.path in self.paths), None)
-        return found if named is None else [self._placed(found[0], named), *found[1:]]
+        made = next((self.named.paths[p] for p in paths if p in self.named.paths), None)
+        return found if made is None else [self._placed(found[0], made), *found[1:]]
 
     def _placed(self, x: Any, named: Named) -> Any:
         name, spec = named

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._axes import Axes
+from .._bits import dtype_bits
 from .._call import check_function, finish, take_apart, trace
 from .._compress import encode
 from .._encoded import Encoded, is_encoded, leaf, static
@@ -206,24 +208,35 @@ class Spread(Encoded):
     def _moved(self, x: Any) -> Any:
         """Pins the parts as they are divided, then as they are used."""
         spec = PartitionSpec(*self.spec[len(self.spec) - len(x.shape) :])
-        for place in (spec, without(spec, self.axis)):
-            x = _pinned(x, place, self.mesh)
-        return x
+        here = _specs(x, spec, self.mesh), _specs(x, without(spec, self.axis), self.mesh)
+        move = functools.partial(_gather, mesh=self.mesh)
+        return jax.tree.map(lambda *given: move(*given), x, *here)
 
 
-def _pinned(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+def _specs(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+    """Returns a partition for each part."""
     if not is_encoded(x):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-    local = local_of(x.shape, spec, dict(mesh.shape))
-    specs = x.specs(spec, local) if names_of(spec) else None
-    if specs is None:
-        specs = jax.tree.map(lambda _: PartitionSpec(), x)
-    return jax.tree.map(
-        lambda s, a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, s)),
-        specs,
-        x,
-        is_leaf=lambda s: isinstance(s, PartitionSpec),
-    )
+        return spec
+    found = x.specs(spec, local_of(x.shape, spec, dict(mesh.shape))) if names_of(spec) else None
+    return jax.tree.map(lambda _: PartitionSpec(), x) if found is None else found
+
+
+def _gather(x: jax.Array, divided: PartitionSpec, whole: PartitionSpec, mesh: Mesh) -> jax.Array:
+    counts = dict(mesh.shape)
+    divided = full(divided, x.ndim)
+    each = 8 // min(8, dtype_bits(x.dtype))
+    # XLA widens what is smaller than a byte before it sends it.
+    squeezed = each > 1 and x.ndim > 0
+    squeezed = squeezed and local_of(x.shape, divided, counts)[-1] % each == 0
+    shape, dtype = x.shape, x.dtype
+    if squeezed:
+        x = x.reshape(*shape[:-1], shape[-1] // each, each)
+        x = jax.lax.bitcast_convert_type(x, jnp.uint8)
+    for spec in (divided, whole):
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    if squeezed:
+        x = jax.lax.bitcast_convert_type(x, dtype).reshape(shape)
+    return x
 
 
 def _dense(x: Any) -> jax.Array:

@@ -49,6 +49,7 @@ def tensor(
     mesh: Mesh | None = None,
     axis: str = "model",
     smallest: int = 1 << 16,
+    sequence: int | None = None,
 ) -> Rules:
     r"""Finds how the parameters of a function are divided so that products are computed apart.
 
@@ -76,6 +77,9 @@ def tensor(
       mesh: the devices.
       axis: name of the mesh axis in the rules.
       smallest: spaces and tables with fewer entries are not divided.
+      sequence: an axis of activations, 1 in `[B, T, width]`, that is divided between the layers:
+        each sum becomes a reduce-scatter and an all-gather stands before the next layer divided by
+        columns, of the same bytes, and what is between is computed and kept once.
 
     Returns:
       Rules for every parameter, the last one for all that stay whole. ``rules.table`` says for
@@ -103,6 +107,8 @@ def tensor(
     References:
       Shoeybi et al., `Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
       Parallelism <https://arxiv.org/abs/1909.08053>`_, 2019
+      Korthikanti et al., `Reducing Activation Recomputation in Large Transformer Models
+      <https://arxiv.org/abs/2205.05198>`_, 2022
     """
     check_function(fn, "tensor")
     size = devices_of(size, mesh, axis, "tensor")
@@ -123,6 +129,8 @@ def tensor(
                 divided[i] = d, "made apart" if i in made else "summed over devices"
         kinds |= {u: "all-gather" if gathers(u, space) else "all-reduce" for u in space.uses}
     inside = _tables(axes, divided, kinds, axis, size, smallest)
+    if sequence is not None:
+        inside |= _along_sequence(axes, taken, kinds, inside, axis, whole(sequence, "sequence"))
     table = _table(axes, spaces, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
     columns = ("operation", "kind", "parameter", "bytes", "times")
@@ -183,6 +191,34 @@ def _tables(
         inside[f"path:{p.path}"] = PartitionSpec(*[free] * (ndim - 1), None)
         kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
     return inside
+
+
+def _along_sequence(
+    axes: Axes,
+    taken: Sequence[Space],
+    kinds: dict[Use, str],
+    inside: dict[str, PartitionSpec],
+    name: str,
+    axis: int,
+) -> dict[str, PartitionSpec]:
+    """Divides what is summed along an axis, and brings together what products by columns read."""
+    free = PartitionSpec.UNCONSTRAINED
+    atoms = {space.atom for space in taken}
+    found = dict(inside)
+    for use in axes.uses:
+        path, ndim = next(iter(use.kernel.paths), ""), len(use.out.axes)
+        outer = {flat(a)[0] for a in use.kernel.axes if a}
+        if len(use.kernel.paths) != 1 or not axis < ndim - 1:
+            continue
+        if use.lookup:  # or the lookup itself would be divided, and its indices sent
+            found[f"path:{path}"] = PartitionSpec(*[free] * axis, *[None] * (ndim - axis))
+        elif kinds.get(use) == "all-reduce":
+            spec = [free] * axis + [name] + [free] * (ndim - axis - 2) + [None]
+            found[f"path:{path}"] = PartitionSpec(*spec)
+        elif outer & atoms and axis < len(use.given.axes) - 1:
+            rest = len(use.given.axes) - axis - 1
+            found[f"input:{path}"] = PartitionSpec(*[free] * axis, None, *[free] * rest)
+    return found
 
 
 def _spec(x: Any, found: tuple[int, str] | None, name: str) -> PartitionSpec:
