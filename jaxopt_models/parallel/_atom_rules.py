@@ -110,9 +110,7 @@ def _mixed(t: Any, eqn: Any, operands: list[Value], mixed: set[int]) -> list[lis
     why = f"its entries are mixed by {t.label(eqn)}"
     for v in operands:
         fix([axis for d, axis in enumerate(v.axes) if d in mixed], why)
-    kept = [
-        Value([() if d in mixed else axis for d, axis in enumerate(v.axes)]) for v in operands
-    ]
+    kept = [Value([() if d in mixed else axis for d, axis in enumerate(v.axes)]) for v in operands]
     axes = joined(kept, why)
     results = []
     for v in eqn.outvars:
@@ -132,7 +130,8 @@ def dot(t: Any, eqn: Any, operands: list[Value]) -> list[list[Axis]]:
     axes = [a.axes[i] for i in batch[0]]
     for v, mine, shared in zip(operands, contract, batch, strict=True):
         axes += [x for d, x in enumerate(v.axes) if d not in mine and d not in shared]
-    _product(t, eqn, operands, [[v.axes[d] for d in c] for v, c in zip(operands, contract)], axes)
+    summed = [[v.axes[d] for d in c] for v, c in zip(operands, contract, strict=True)]
+    _product(t, eqn, operands, summed, axes)
     return [axes]
 
 
@@ -159,8 +158,11 @@ def convolution(t: Any, eqn: Any, operands: list[Value]) -> list[list[Axis]]:
     why = f"it is cut in several ways ({label})"
     fix([x.axes[d] for d in spec.lhs_spec[2:]], f"it is a position ({label})")
     fix([w.axes[d] for d in spec.rhs_spec[2:]], f"it is a position ({label})")
-    taken, made, summed = (x.axes[spec.lhs_spec[1]], w.axes[spec.rhs_spec[0]], ())
-    summed = w.axes[spec.rhs_spec[1]]
+    taken, made, summed = (
+        x.axes[spec.lhs_spec[1]],
+        w.axes[spec.rhs_spec[0]],
+        w.axes[spec.rhs_spec[1]],
+    )
     if groups > 1:
         shape = eqn.invars[1].aval.shape
         group, taken = reshaped([taken], (groups, shape[spec.rhs_spec[1]]), why)

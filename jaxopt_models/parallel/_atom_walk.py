@@ -33,17 +33,17 @@ class Axes:
     uses: list[Use]
 
 
-def axes_of(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any, *, who: str) -> Axes:
+def axes_of(fn: Callable[..., Any], params: Any, args: Any, *, who: str) -> Axes:
     """Traces a call on shapes, and returns what is known of its axes.
 
     Args:
       fn: function of `(params, ...)`.
       params: its parameters, dense or compressed; shapes are enough.
-      args, kwargs: its other arguments.
+      args: its other arguments.
       who: the public function, for messages.
     """
     leaves = [p for p in flatten(params)[0] if is_encoded(p.value) or hasattr(p.value, "dtype")]
-    frame, arrays = take_apart(params, args, kwargs)
+    frame, arrays = take_apart(params, args, {})
     found: list[Axes] = []
 
     def look(arrays: list[Any]) -> None:

@@ -51,9 +51,7 @@ class Atom:
 
     def split(self, outer: int) -> None:
         """Cuts it into `outer` and what is left."""
-        new = [
-            Atom(n, self.why, self.argument, self.stream) for n in (outer, self.size // outer)
-        ]
+        new = [Atom(n, self.why, self.argument, self.stream) for n in (outer, self.size // outer)]
         self.cut = tuple(new)
 
 

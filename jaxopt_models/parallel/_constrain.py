@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._graph import PRODUCTS
 from .._call import check_function, finish, name_of, take_apart, trace
+from .._graph import PRODUCTS
 from .._paths import flatten
 from .._taps import scopes_of, sites_of
 from .._tracked import dense, is_tracked, origins_of
@@ -24,10 +24,9 @@ Where = Mapping[str, PartitionSpec] | Sequence[tuple[str, PartitionSpec]]
 def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[..., Any]:
     """Returns ``fn`` with values inside it placed on a mesh.
 
-    So activations between tensor-parallel layers are divided along the sequence,
-    ``{r"norm\\d": PartitionSpec("data", "model", None)}``: the sum behind a layer divided by rows
-    becomes a reduce-scatter, and an all-gather stands before the next layer divided by columns.
-    What is computed does not change.
+    What is computed does not change, only where: between tensor-parallel layers activations can
+    be divided along the sequence (``tensor(..., sequence=1).inside`` holds the partitions), so
+    that the sum behind a layer becomes a reduce-scatter, and an all-gather stands before the next.
 
     Values are named as in :func:`jaxopt_models.taps`: the path of a parameter (what the operation
     that uses it returns), a scope or the end of one (what leaves it), an equation

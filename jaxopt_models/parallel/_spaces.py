@@ -171,8 +171,9 @@ def chosen(spaces: Sequence[Space], smallest: int) -> list[Space]:
         taken += _heaviest(free)
     picked = set(taken)
     for space in spaces:
-        for other in space.meets & picked if space not in picked else ():
-            space.atom.fix(f"another space of {other.atom.size} in one array with it is divided")
+        others = [] if space in picked else [s for s in taken if s in space.meets]
+        for other in others:
+            space.atom.fix(f"the other axis of {other.atom.size} of an array with it is divided")
     return taken
 
 

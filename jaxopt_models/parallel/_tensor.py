@@ -113,7 +113,7 @@ def tensor(
     check_function(fn, "tensor")
     size = devices_of(size, mesh, axis, "tensor")
     smallest = whole(smallest, "smallest", least=0)
-    axes = axes_of(fn, params, args, {}, who="tensor")
+    axes = axes_of(fn, params, args, who="tensor")
     spaces = spaces_of(axes, axis, size)
     taken = chosen(spaces, smallest)
     divided: dict[int, tuple[int, str]] = {}
@@ -134,7 +134,7 @@ def tensor(
     table = _table(axes, spaces, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
     columns = ("operation", "kind", "parameter", "bytes", "times")
-    transfers = [_transfer(u, kinds[u]) for u in axes.uses if u in kinds]
+    transfers = _transfers([(u, kinds[u]) for u in axes.uses if u in kinds])
     collectives = Table(columns, transfers, title=f"transfers of {name_of(fn)} over {axis!r}")
     return Rules(
         [*shortened(specs), (".*", PartitionSpec())],
@@ -155,9 +155,16 @@ def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:
     return mesh.shape[axis]
 
 
-def _transfer(use: Use, kind: str) -> tuple[Any, ...]:
-    moved = use.given if kind == "all-gather" and not use.lookup else use.out
-    return use.label, kind, ", ".join(sorted(use.kernel.paths)), moved.bytes, use.times
+def _transfers(uses: Sequence[tuple[Use, str]]) -> list[tuple[Any, ...]]:
+    """Returns a row for each; a value that several products read is gathered once."""
+    rows: dict[int, list[Any]] = {}
+    for use, kind in uses:
+        reads = kind == "all-gather" and not use.lookup
+        moved = use.given if reads else use.out
+        paths = ", ".join(sorted(use.kernel.paths))
+        row = rows.setdefault(id(moved), [use.label, kind, "", moved.bytes, use.times])
+        row[2] += (", " if row[2] else "") + paths
+    return list(map(tuple, rows.values()))
 
 
 def _tables(
@@ -179,7 +186,9 @@ def _tables(
         can = [
             d
             for d in range(len(p.value.shape))
-            if d not in rows and p.value.shape[d] > 1 and not refused(p.value, d, name, size)
+            if d not in rows
+            and p.value.shape[d] > 1
+            and not refused(p.value, d, name, size)
             and all(u.lookup or axis_of(value, u.reduced) == [d] for u in uses)
         ]
         if not can:
@@ -269,14 +278,32 @@ def _shown(spec: PartitionSpec) -> str:
 
 def shortened(specs: dict[str, PartitionSpec]) -> list[tuple[str, PartitionSpec]]:
     """Returns rules for paths, one for all that differ in numbers only; whole ones are left out."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
     for path in specs:
-        groups.setdefault(re.sub(r"\d+", r"\\d+", re.escape(path)), []).append(path)
-    rules = []
-    for pattern, paths in groups.items():
-        found = {specs[p] for p in paths}
-        if len(found) == 1 and any(specs[paths[0]]):
-            rules.append((pattern, specs[paths[0]]))
-        elif len(found) > 1:
-            rules += [(re.escape(p), specs[p]) for p in paths if any(specs[p])]
-    return rules
+        pieces = re.split(r"(\d+)", path)
+        groups.setdefault(tuple(pieces[::2]), []).append(pieces)
+    found = []
+    for group in groups.values():
+        found += _patterns(group, specs)
+    return [(pattern, spec) for pattern, spec in found if any(spec)]
+
+
+def _patterns(
+    group: list[list[str]], specs: dict[str, PartitionSpec]
+) -> list[tuple[str, PartitionSpec]]:
+    """Returns patterns for paths in pieces, every second a number that tells them apart."""
+    paths = ["".join(pieces) for pieces in group]
+    differ = [k for k in range(1, len(group[0]), 2) if len({p[k] for p in group}) > 1]
+    if len({specs[path] for path in paths}) == 1:
+        parts = [r"\d+" if k in differ else re.escape(x) for k, x in enumerate(group[0])]
+        return [("".join(parts), specs[paths[0]])]
+
+    def kinds(k: int) -> int:
+        pairs = zip(group, paths, strict=True)
+        return len({(pieces[k], specs[path]) for pieces, path in pairs})
+
+    k = min(differ, key=kinds)
+    found = []
+    for number in dict.fromkeys(pieces[k] for pieces in group):
+        found += _patterns([pieces for pieces in group if pieces[k] == number], specs)
+    return found
