@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -183,7 +184,13 @@ class _Constraining(Walk):
                 f"constrain: {name!r} is a value of shape {list(value.shape)}, which has fewer "
                 f"axes than {spec}"
             )
-        try:
-            return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
-        except ValueError as e:
-            raise ValueError(f"constrain: {name!r} of shape {list(value.shape)}: {e}") from e
+        for n, entry in zip(value.shape, spec, strict=False):
+            free = entry is None or entry is PartitionSpec.UNCONSTRAINED
+            names = () if free else (entry,) if isinstance(entry, str) else entry
+            parts = math.prod(self.mesh.shape[axis] for axis in names)
+            if n % parts:
+                raise ValueError(
+                    f"constrain: {name!r} of shape {list(value.shape)} does not divide by {spec}: "
+                    f"{n} over {parts} devices"
+                )
+        return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))

@@ -12,7 +12,7 @@ from .._call import check_function, name_of
 from .._options import whole
 from .._table import Table
 from ._atom_walk import Axes, axes_of, axis_of
-from ._atoms import Use, flat
+from ._atoms import Use, Value, flat
 from ._spaces import Space, bytes_of, chosen, gathers, made_by, refused, spaces_of
 
 
@@ -131,7 +131,7 @@ def tensor(
     inside = _tables(axes, divided, kinds, axis, size, smallest)
     if sequence is not None:
         inside |= _along_sequence(axes, taken, kinds, inside, axis, whole(sequence, "sequence"))
-    table = _table(axes, spaces, divided, notes, axis, size, name_of(fn))
+    table = _table(axes, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
     columns = ("operation", "kind", "parameter", "bytes", "times")
     transfers = _transfers([(u, kinds[u]) for u in axes.uses if u in kinds])
@@ -238,23 +238,16 @@ def _spec(x: Any, found: tuple[int, str] | None, name: str) -> PartitionSpec:
 
 def _table(
     axes: Axes,
-    spaces: Sequence[Space],
     divided: dict[int, tuple[int, str]],
     notes: dict[int, str],
     name: str,
     size: int,
     fn: str,
 ) -> Table:
-    by_atom = {s.atom: s for s in spaces}
     rows, total, each = [], 0, 0
     for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
         found, stored = divided.get(i), bytes_of(p.value)
-        reasons = {
-            f"axis {d} of {p.value.shape[d]}": by_atom[flat(axis)[0]].atom.why
-            for d, axis in enumerate(value.axes)
-            if axis
-        }
-        note = found[1] if found else notes.get(i) or _because(reasons)
+        note = found[1] if found else notes.get(i) or _because(p.value, value)
         mine = stored // size if found else stored
         total, each = total + stored, each + mine
         spec = _spec(p.value, found, name)
@@ -264,12 +257,15 @@ def _table(
     return Table(columns, rows, title=title, data={"total": total, "each": each})
 
 
-def _because(reasons: dict[str, str]) -> str:
-    """Says each reason once."""
+def _because(x: Any, value: Value) -> str:
+    """Says why no axis of a parameter is divided, each reason once."""
     by_why: dict[str, list[str]] = {}
-    for where, why in reasons.items():
-        by_why.setdefault(why, []).append(where)
-    return "; ".join(f"{', '.join(where)}: {why}" for why, where in by_why.items() if why)
+    for d, axis in enumerate(value.axes):
+        atoms = flat(axis)
+        for atom in atoms:
+            part = f", its {atom.size}" if len(atoms) > 1 else ""
+            by_why.setdefault(atom.why, []).append(f"axis {d} of {x.shape[d]}{part}")
+    return "; ".join(f"{' and '.join(where)}: {why}" for why, where in by_why.items() if why)
 
 
 def _shown(spec: PartitionSpec) -> str:
