@@ -97,6 +97,21 @@ def changed(t: Any, eqn: Any, operands: list[Value]) -> list[list[Axis]]:
     return _mixed(t, eqn, [v for v, _ in whole], mixed)
 
 
+def unstack(t: Any, eqn: Any, operands: list[Value]) -> list[list[Axis]]:
+    """The entries of one axis become results of their own."""
+    d, axes = eqn.params["axis"], operands[0].axes
+    fix(axes[d : d + 1], f"its entries are taken apart by {t.label(eqn)}")
+    return [[*axes[:d], *axes[d + 1 :]] for _ in eqn.outvars]
+
+
+def stack(t: Any, eqn: Any, operands: list[Value]) -> list[list[Axis]]:
+    """Operands lie along a new axis."""
+    d, shape = eqn.params["axis"], eqn.outvars[0].aval.shape
+    axes = joined(operands, f"it is cut in several ways ({t.label(eqn)})")
+    new = fresh(shape[d : d + 1], f"operands lie along it ({t.label(eqn)})")
+    return [[*axes[:d], *new, *axes[d:]]]
+
+
 def window(t: Any, eqn: Any, operands: list[Value]) -> list[list[Axis]]:
     """Pooling mixes the axes that its windows extend over."""
     p = eqn.params
@@ -246,6 +261,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("dynamic_update_slice", "concatenate"), changed),
     **dict.fromkeys(("reduce_window", "reduce_window_sum", "reduce_window_max"), window),
     "reduce_window_min": window,
+    "unstack": unstack,
+    "stack": stack,
     "dot_general": dot,
     "conv_general_dilated": convolution,
     "gather": gather,

@@ -43,7 +43,7 @@ def test_names(name, count):
     fn = parallel.constrain(net, {name: P("data")}, mesh=MESH)
     found = shardings(fn, params, x)
     assert len(found) == count and all("data" in spec for spec in found)
-    np.testing.assert_array_equal(jax.jit(fn)(params, x), jax.jit(net)(params, x))
+    np.testing.assert_allclose(jax.jit(fn)(params, x), net(params, x), rtol=1e-5)
 
 
 def test_the_first_name_decides():
@@ -71,10 +71,8 @@ def test_inside_loops_with_compressed_parameters():
     np.testing.assert_allclose(grad, want, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "recipe", [[], [Rule(".*kernel", quant.Int(bits=8))]], ids=["dense", "int8"]
-)
-def test_a_sequence_divided_between_the_layers(recipe):
+def test_a_sequence_divided_between_the_layers():
+    recipe = [Rule(".*kernel", quant.Int(bits=8))]
     tokens = jnp.asarray(RNG.integers(0, 12, (4, 8)), jnp.int32)
     model = models.Transformer(vocab=12, width=16, heads=4, layers=1, length=8)
     fn, params = jom.functional((model, jax.jit(model.init)(jax.random.key(0), tokens)))
