@@ -65,8 +65,8 @@ def tensor(
     that is returned, that does not divide, or that meets another in one array. Of those that
     meet, the set with the most bytes is divided; streams that layers add to come last. A kernel
     from a space to itself (a recurrent one) is divided by columns, its input gathered. A table
-    of embeddings that can be divided in no other way is divided by features, its lookups gathered:
-    pass ``rules.inside`` to :func:`constrain` to keep that from spreading.
+    that is looked up is divided by features, its lookups gathered, or else by rows, its lookups
+    summed; pass ``rules.inside`` to :func:`constrain` to keep the first from spreading.
 
     Args:
       fn: function of `(params, ...)`, as :func:`jaxopt_models.functional` returns it.
@@ -115,6 +115,11 @@ def tensor(
     smallest = whole(smallest, "smallest", least=0)
     axes = axes_of(fn, params, args, who="tensor")
     spaces = spaces_of(axes, axis, size)
+    features = _features(axes, axis, size)
+    for space in spaces:
+        # A gather sends half of what a sum does, and needs no mask.
+        if all(u.lookup for u in space.uses) and _only_looked_up(axes, space, features):
+            space.atom.fix("the features of its table are divided instead")
     taken = chosen(spaces, smallest)
     divided: dict[int, tuple[int, str]] = {}
     notes: dict[int, str] = {}
@@ -128,7 +133,16 @@ def tensor(
             else:
                 divided[i] = d, "made apart" if i in made else "summed over devices"
         kinds |= {u: "all-gather" if gathers(u, space) else "all-reduce" for u in space.uses}
-    inside = _tables(axes, divided, kinds, axis, size, smallest)
+    inside = {}
+    for i, d in features.items():
+        p = axes.parameters[i]
+        if i not in divided and p.value.size >= smallest:
+            divided[i] = d, "features, gathered after each lookup"
+            uses = _uses(axes, i)
+            kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
+            ndim = next(len(u.out.axes) for u in uses if u.lookup)
+            free = [PartitionSpec.UNCONSTRAINED] * (ndim - 1)
+            inside[f"path:{p.path}"] = PartitionSpec(*free, None)
     if sequence is not None:
         inside |= _along_sequence(axes, taken, kinds, inside, axis, whole(sequence, "sequence"))
     table = _table(axes, divided, notes, axis, size, name_of(fn))
@@ -167,39 +181,33 @@ def _transfers(uses: Sequence[tuple[Use, str]]) -> list[tuple[Any, ...]]:
     return list(map(tuple, rows.values()))
 
 
-def _tables(
-    axes: Axes,
-    divided: dict[int, tuple[int, str]],
-    kinds: dict[Use, str],
-    name: str,
-    size: int,
-    smallest: int,
-) -> dict[str, PartitionSpec]:
-    """Divides by features what is looked up and could not be divided otherwise."""
-    inside = {}
+def _uses(axes: Axes, i: int) -> list[Use]:
+    return [u for u in axes.uses if axes.parameters[i].path in u.kernel.paths]
+
+
+def _features(axes: Axes, name: str, size: int) -> dict[int, int]:
+    """Returns tables that are looked up, and which of their other axes can be divided."""
+    found = {}
     for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
-        uses = [u for u in axes.uses if p.path in u.kernel.paths]
-        lookups = [u for u in uses if u.lookup]
-        if i in divided or not lookups or p.value.size < smallest:
-            continue
-        rows = {d for u in lookups for d in axis_of(value, u.reduced)}
+        uses = _uses(axes, i)
+        rows = {d for u in uses if u.lookup for d in axis_of(value, u.reduced)}
         can = [
             d
             for d in range(len(p.value.shape))
-            if d not in rows
+            if rows
+            and d not in rows
             and p.value.shape[d] > 1
             and not refused(p.value, d, name, size)
             and all(u.lookup or axis_of(value, u.reduced) == [d] for u in uses)
         ]
-        if not can:
-            continue
-        d = max(can, key=lambda d: p.value.shape[d])
-        divided[i] = d, "features, gathered after each lookup"
-        ndim = len(lookups[0].out.axes)
-        free = PartitionSpec.UNCONSTRAINED
-        inside[f"path:{p.path}"] = PartitionSpec(*[free] * (ndim - 1), None)
-        kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
-    return inside
+        if can:
+            found[i] = max(can, key=lambda d: p.value.shape[d])
+    return found
+
+
+def _only_looked_up(axes: Axes, space: Space, features: dict[int, int]) -> bool:
+    """Says whether all parameters of a space are tables that features can divide."""
+    return all(i in features and all(u.lookup for u in _uses(axes, i)) for i in space.members)
 
 
 def _along_sequence(

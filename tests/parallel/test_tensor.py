@@ -155,7 +155,9 @@ def test_minilm_by_its_published_sizes():
     kinds = [r["kind"] for r in rules.collectives if "layers" in r["parameter"]]
     assert kinds == ["all-reduce"] * 4
     assert spec_of(rules, "embeddings/word/embedding") == P(None, "model")  # 30,522 rows
-    assert list(rules.inside) == ["path:embeddings/word/embedding"]
+    assert spec_of(rules, "embeddings/position/embedding") == P(None, "model")
+    names = [f"path:embeddings/{name}/embedding" for name in ("position", "word")]
+    assert list(rules.inside) == names
     row = next(r for r in rules.table if r["path"] == "embeddings/token_type/embedding")
     assert not row["divided"] and "reduced by reduce_sum" in row["note"]
     divided = sum(r["bytes"] for r in rules.table if r["divided"])
@@ -173,6 +175,17 @@ def test_lite0_divides_every_block():
     whole = {r["path"] for r in rules.table if not r["divided"] and r["path"].endswith("kernel")}
     assert whole == set()
     assert rules.table.data["each"] < 0.26 * rules.table.data["total"]
+
+
+def test_tables_whose_features_do_not_divide_are_divided_by_rows():
+    fn = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["w"]  # noqa: E731
+    params, ids = {"table": jnp.ones((12, 6)), "w": jnp.ones((6, 3))}, jnp.zeros(5, jnp.int32)
+    rules = parallel.tensor(fn, params, ids, size=4, smallest=0)
+    assert list(rules) == [("table", P("model", None)), (".*", P())]
+    assert rules.collectives[0]["kind"] == "all-reduce" and not rules.inside
+    rules = parallel.tensor(fn, params, ids, size=3, smallest=0)
+    # Nothing between the lookup and the product needs all features.
+    assert dict(rules) == {"table": P(None, "model"), "w": P("model", None), ".*": P()}
 
 
 def test_streams_are_divided_where_nothing_else_is():
