@@ -3,5 +3,5 @@
 from ._constrain import constrain as constrain
 from ._fsdp import fsdp as fsdp
 from ._gathered import gathered as gathered
-from ._tensor import Rules as Rules
+from ._rules import Rules as Rules
 from ._tensor import tensor as tensor

@@ -18,6 +18,7 @@ from .._paths import flatten
 from .._taps import scopes_of, sites_of
 from .._tracked import dense, is_tracked, origins_of
 from .._walk import Walk
+from ._rules import on_auto
 
 Where = Mapping[str, PartitionSpec] | Sequence[tuple[str, PartitionSpec]]
 
@@ -46,8 +47,8 @@ def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[.
 
     Raises:
       TypeError: if ``fn`` is no function, or ``where`` holds no partitions.
-      ValueError: when called, if a name matches nothing (the message lists the names), or a value
-        has fewer axes than its partition or does not divide.
+      ValueError: if the axes of the mesh are not Auto; when called, if a name matches nothing (the
+        message lists the names), or a value has fewer axes than its partition or does not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -66,6 +67,7 @@ def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[.
       <https://arxiv.org/abs/2205.05198>`_, 2022
     """
     check_function(fn, "constrain")
+    mesh = on_auto(mesh, "constrain")
     pairs = list(where.items() if isinstance(where, Mapping) else where)
     for name, spec in pairs:
         if not isinstance(name, str) or not isinstance(spec, PartitionSpec):

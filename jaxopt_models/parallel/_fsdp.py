@@ -12,8 +12,8 @@ from .._encoded import is_encoded
 from .._options import whole
 from .._paths import flatten
 from .._table import Table
+from ._rules import Rules, devices_of, shortened
 from ._spaces import bytes_of
-from ._tensor import Rules, devices_of, shortened
 
 
 def fsdp(
@@ -53,7 +53,7 @@ def fsdp(
       >>> import jax.numpy as jnp
       >>> rules = fsdp({"a": jnp.ones((6, 4)), "b": jnp.ones(3)}, size=2, smallest=0)
       >>> rules[0], rules.table[1]["note"]
-      (('a', PartitionSpec('data', None)), '3 does not divide by 2')
+      (('a', P('data', None)), '3 does not divide by 2')
 
     References:
       Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models

@@ -22,6 +22,7 @@ from .._recipe import Rule, decide
 from .._tracked import Tracked, readers
 from .._walk import Walk
 from ._fsdp import full, local_of, names_of, spec_of, why_not, without
+from ._rules import on_auto
 
 
 def gathered(
@@ -59,8 +60,9 @@ def gathered(
 
     Raises:
       TypeError: if ``fn`` is no function.
-      ValueError: if ``axis`` is none of the mesh's; when called, if a parameter cannot be divided
-        as the rules say, or the recipe names one that is compressed already.
+      ValueError: if ``axis`` is none of the mesh's, or its axes are not Auto; when called, if a
+        parameter cannot be divided as the rules say, or the recipe names one that is compressed
+        already.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,7 +80,7 @@ def gathered(
       <https://arxiv.org/abs/2306.10209>`_, 2023
     """
     check_function(fn, "gathered")
-    if axis not in mesh.shape:
+    if axis not in on_auto(mesh, "gathered").shape:
         raise ValueError(f"gathered: axis={axis!r} is none of the mesh's {tuple(mesh.axis_names)}")
     rules = list(rules)
 
@@ -92,7 +94,8 @@ def gathered(
         spread = {}
         for d in decide(flatten(frame.restore(arrays)[0])[0], recipe, who="gathered"):
             spec = spec_of(rules, d.parameter.path)
-            if hasattr(d.parameter.value, "dtype") and axis in names_of(spec):
+            there = axis in names_of(spec) or d.encoder is not None
+            if there and hasattr(d.parameter.value, "dtype"):
                 spread[d.parameter.path] = _spread(d, spec, mesh, axis)
         operands = [
             Tracked(spread[x.origins[0].path], x.origins)

@@ -143,13 +143,8 @@ def _weigh(axes: Axes, space: Space, name: str, size: int) -> None:
 
 def made_by(axes: Axes, space: Space) -> list[int]:
     """Returns the parameters that make a space: those that it is not summed over in."""
-    taken = {
-        i
-        for i, d in space.members.items()
-        for use in space.uses
-        if axes.parameters[i].path in use.kernel.paths and d in axis_of(axes.values[i], use.reduced)
-    }
-    return [i for i in space.members if i not in taken]
+    summed = {path for use in space.uses if not gathers(use, space) for path in use.kernel.paths}
+    return [i for i in space.members if axes.parameters[i].path not in summed]
 
 
 def chosen(spaces: Sequence[Space], smallest: int) -> list[Space]:

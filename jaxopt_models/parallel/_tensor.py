@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
@@ -13,32 +12,8 @@ from .._options import whole
 from .._table import Table
 from ._atom_walk import Axes, axes_of, axis_of
 from ._atoms import Use, Value, flat
+from ._rules import Rules, devices_of, shortened
 from ._spaces import Space, bytes_of, chosen, gathers, made_by, refused, spaces_of
-
-
-class Rules(list[tuple[str, PartitionSpec]]):
-    """Pairs of a regular expression for whole paths and a partition; the first match decides.
-
-    Args:
-      pairs: the pairs.
-      table: a row for each parameter: how it is divided, or why it is not.
-      collectives: a row for each operation that needs a transfer between devices.
-      inside: partitions of values inside the function that belong to these rules, by the names of
-        :func:`jaxopt_models.taps`; for :func:`constrain`.
-    """
-
-    def __init__(
-        self,
-        pairs: Iterable[tuple[str, PartitionSpec]],
-        *,
-        table: Table,
-        collectives: Table | None = None,
-        inside: dict[str, PartitionSpec] | None = None,
-    ):
-        super().__init__(pairs)
-        self.table = table
-        self.collectives = collectives
-        self.inside = dict(inside or {})
 
 
 def tensor(
@@ -84,7 +59,8 @@ def tensor(
     Returns:
       Rules for every parameter, the last one for all that stay whole. ``rules.table`` says for
       each parameter how it is divided or why it is not, ``rules.collectives`` which transfers a
-      call needs, ``rules.inside`` what :func:`constrain` should pin.
+      call needs (on a CPU XLA does a reduce-scatter as an all-reduce), ``rules.inside`` what
+      :func:`constrain` should pin.
 
     Raises:
       TypeError: if ``fn`` is no function.
@@ -97,10 +73,10 @@ def tensor(
       >>> params = {"up": jnp.ones((4, 8)), "bias": jnp.ones((1, 8)), "down": jnp.ones((8, 4))}
       >>> rules = tensor(fn, params, jnp.ones((2, 4)), size=2, smallest=0)
       >>> for rule in rules: print(rule)
-      ('bias', PartitionSpec(None, 'model'))
-      ('down', PartitionSpec('model', None))
-      ('up', PartitionSpec(None, 'model'))
-      ('.*', PartitionSpec())
+      ('bias', P(None, 'model'))
+      ('down', P('model', None))
+      ('up', P(None, 'model'))
+      ('.*', P())
       >>> rules.collectives[0]["kind"]
       'all-reduce'
 
@@ -118,7 +94,11 @@ def tensor(
     features = _features(axes, axis, size)
     for space in spaces:
         # A gather sends half of what a sum does, and needs no mask.
-        if all(u.lookup for u in space.uses) and _only_looked_up(axes, space, features):
+        if (
+            space.uses
+            and all(u.lookup for u in space.uses)
+            and _only_looked_up(axes, space, features)
+        ):
             space.atom.fix("the features of its table are divided instead")
     taken = chosen(spaces, smallest)
     divided: dict[int, tuple[int, str]] = {}
@@ -135,16 +115,12 @@ def tensor(
         kinds |= {u: "all-gather" if gathers(u, space) else "all-reduce" for u in space.uses}
     inside = {}
     for i, d in features.items():
-        p = axes.parameters[i]
-        if i not in divided and p.value.size >= smallest:
+        if i not in divided and axes.parameters[i].value.size >= smallest:
             divided[i] = d, "features, gathered after each lookup"
-            uses = _uses(axes, i)
-            kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
-            ndim = next(len(u.out.axes) for u in uses if u.lookup)
-            free = [PartitionSpec.UNCONSTRAINED] * (ndim - 1)
-            inside[f"path:{p.path}"] = PartitionSpec(*free, None)
+            inside |= _whole_lookups(axes, i, kinds)
     if sequence is not None:
-        inside |= _along_sequence(axes, taken, kinds, inside, axis, whole(sequence, "sequence"))
+        along = whole(sequence, "sequence", least=0)
+        inside |= _along_sequence(axes, taken, kinds, axis, along)
     table = _table(axes, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
     columns = ("operation", "kind", "parameter", "bytes", "times")
@@ -156,17 +132,6 @@ def tensor(
         collectives=collectives,
         inside=inside,
     )
-
-
-def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:
-    """Returns the number of devices along a mesh axis, given as it is or as a mesh."""
-    if (size is None) == (mesh is None):
-        raise ValueError(f"{who}: give either size=, the number of devices, or mesh=")
-    if mesh is None:
-        return whole(size, "size", least=1)
-    if axis not in mesh.shape:
-        raise ValueError(f"{who}: axis={axis!r} is none of the mesh's {tuple(mesh.axis_names)}")
-    return mesh.shape[axis]
 
 
 def _transfers(uses: Sequence[tuple[Use, str]]) -> list[tuple[Any, ...]]:
@@ -205,23 +170,32 @@ def _features(axes: Axes, name: str, size: int) -> dict[int, int]:
     return found
 
 
+def _whole_lookups(axes: Axes, i: int, kinds: dict[Use, str]) -> dict[str, PartitionSpec]:
+    """Notes what a table that is divided by features sends, and where its lookups are whole."""
+    uses = _uses(axes, i)
+    kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
+    ndim = next(len(u.out.axes) for u in uses if u.lookup)
+    free = [PartitionSpec.UNCONSTRAINED] * (ndim - 1)
+    return {f"path:{axes.parameters[i].path}": PartitionSpec(*free, None)}
+
+
 def _only_looked_up(axes: Axes, space: Space, features: dict[int, int]) -> bool:
-    """Says whether all parameters of a space are tables that features can divide."""
-    return all(i in features and all(u.lookup for u in _uses(axes, i)) for i in space.members)
+    """Says whether a space is the rows of tables that features can divide, and of nothing else."""
+    tables = all(i in features and all(u.lookup for u in _uses(axes, i)) for i in space.members)
+    return tables and bool(space.uses) and all(u.lookup for u in space.uses)
 
 
 def _along_sequence(
     axes: Axes,
     taken: Sequence[Space],
     kinds: dict[Use, str],
-    inside: dict[str, PartitionSpec],
     name: str,
     axis: int,
 ) -> dict[str, PartitionSpec]:
     """Divides what is summed along an axis, and brings together what products by columns read."""
     free = PartitionSpec.UNCONSTRAINED
     atoms = {space.atom for space in taken}
-    found = dict(inside)
+    found = {}
     for use in axes.uses:
         path, ndim = next(iter(use.kernel.paths), ""), len(use.out.axes)
         outer = {flat(a)[0] for a in use.kernel.axes if a}
@@ -232,9 +206,11 @@ def _along_sequence(
         elif kinds.get(use) == "all-reduce":
             spec = [free] * axis + [name] + [free] * (ndim - axis - 2) + [None]
             found[f"path:{path}"] = PartitionSpec(*spec)
+            kinds[use] = "reduce-scatter"
         elif outer & atoms and axis < len(use.given.axes) - 1:
             rest = len(use.given.axes) - axis - 1
             found[f"input:{path}"] = PartitionSpec(*[free] * axis, None, *[free] * rest)
+            kinds[use] = "all-gather"
     return found
 
 
@@ -273,41 +249,9 @@ def _because(x: Any, value: Value) -> str:
         for atom in atoms:
             part = f", its {atom.size}" if len(atoms) > 1 else ""
             by_why.setdefault(atom.why, []).append(f"axis {d} of {x.shape[d]}{part}")
-    return "; ".join(f"{' and '.join(where)}: {why}" for why, where in by_why.items() if why)
+    found = [f"{' and '.join(where)}: {why}" for why, where in by_why.items() if why]
+    return "; ".join(found) or "it has no axis to divide"
 
 
 def _shown(spec: PartitionSpec) -> str:
     return str(tuple(spec)) if any(spec) else ""
-
-
-def shortened(specs: dict[str, PartitionSpec]) -> list[tuple[str, PartitionSpec]]:
-    """Returns rules for paths, one for all that differ in numbers only; whole ones are left out."""
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for path in specs:
-        pieces = re.split(r"(\d+)", path)
-        groups.setdefault(tuple(pieces[::2]), []).append(pieces)
-    found = []
-    for group in groups.values():
-        found += _patterns(group, specs)
-    return [(pattern, spec) for pattern, spec in found if any(spec)]
-
-
-def _patterns(
-    group: list[list[str]], specs: dict[str, PartitionSpec]
-) -> list[tuple[str, PartitionSpec]]:
-    """Returns patterns for paths in pieces, every second a number that tells them apart."""
-    paths = ["".join(pieces) for pieces in group]
-    differ = [k for k in range(1, len(group[0]), 2) if len({p[k] for p in group}) > 1]
-    if len({specs[path] for path in paths}) == 1:
-        parts = [r"\d+" if k in differ else re.escape(x) for k, x in enumerate(group[0])]
-        return [("".join(parts), specs[paths[0]])]
-
-    def kinds(k: int) -> int:
-        pairs = zip(group, paths, strict=True)
-        return len({(pieces[k], specs[path]) for pieces, path in pairs})
-
-    k = min(differ, key=kinds)
-    found = []
-    for number in dict.fromkeys(pieces[k] for pieces in group):
-        found += _patterns([pieces for pieces in group if pieces[k] == number], specs)
-    return found

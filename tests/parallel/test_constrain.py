@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from parallel_layouts import mesh_of, place, transfers
 
@@ -83,6 +83,8 @@ def test_a_sequence_divided_between_the_layers():
     compiled = step.lower(*there).compile()
     want = jom.accelerate(fn)(params, tokens)
     np.testing.assert_allclose(compiled(*there), want, atol=2e-5)
+    foretold = collections.Counter(r["kind"] for r in rules.collectives)
+    assert foretold == {"all-gather": 4, "reduce-scatter": 2}
     found = collections.Counter(transfers(compiled))
     # Two sums of a layer (reduce-scatters where XLA has them), two gathers before what follows,
     # and no weight: all that moves has the shape of an activation of half a batch.
@@ -108,3 +110,6 @@ def test_mistakes():
     with pytest.raises(ValueError, match="no regular expression"):
         parallel.constrain(net, {"(": P()}, mesh=MESH)(params, x)
     assert parallel.constrain(net, {}, mesh=MESH) is net
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match=r"make it with axis_types=\(AxisType.Auto"):
+        parallel.constrain(net, {}, mesh=explicit)

@@ -154,6 +154,15 @@ def test_leaves_that_read_their_input_and_what_comes_back():
     np.testing.assert_array_equal(b, params["b"])
 
 
+def test_what_is_not_divided_is_encoded_too():
+    params, x = {"a": normal(64, 128), "b": normal(128, 3)}, normal(16, 64)
+    recipe = [Rule(".*", quant.Int(bits=4))]
+    rules = [("a", P("data")), ("b", P())]
+    run = jax.jit(parallel.gathered(fn, rules, mesh=MESH, recipe=recipe))
+    want = fn(jom.straight_through(recipe)(params), x)
+    np.testing.assert_allclose(run(place(params, MESH, rules), spread(x)), want, atol=1e-4)
+
+
 def test_mistakes():
     params, x = pair(), normal(16, 64)
     small = jom.compress(params, [Rule("b", quant.Int(bits=4, group=64))])
