@@ -53,12 +53,13 @@ def constrain(fn: Callable[..., Any], where: Where, *, mesh: Mesh) -> Callable[.
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> from jaxopt_models import parallel
       >>> def fn(params, x):
       ...     with jax.named_scope("hidden"):
       ...         x = x @ params["a"]
       ...     return x @ params["b"]
       >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
-      >>> placed = constrain(fn, {"hidden": P(None, "model")}, mesh=mesh)
+      >>> placed = parallel.constrain(fn, {"hidden": P(None, "model")}, mesh=mesh)
       >>> placed({"a": jnp.eye(2), "b": jnp.ones((2, 1))}, jnp.ones((1, 2)))
       Array([[2.]], dtype=float32)
 

@@ -51,7 +51,8 @@ def fsdp(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> rules = fsdp({"a": jnp.ones((6, 4)), "b": jnp.ones(3)}, size=2, smallest=0)
+      >>> from jaxopt_models import parallel
+      >>> rules = parallel.fsdp({"a": jnp.ones((6, 4)), "b": jnp.ones(3)}, size=2, smallest=0)
       >>> rules[0], rules.table[1]["note"]
       (('a', P('data', None)), '3 does not divide by 2')
 

@@ -67,10 +67,12 @@ def gathered(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jax.sharding import AxisType
+      >>> from jaxopt_models import parallel
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
       >>> params = {"w": jnp.ones((2, 3))}
-      >>> rules = fsdp(params, mesh=mesh, smallest=0)
-      >>> jax.jit(gathered(lambda p, x: x @ p["w"], rules, mesh=mesh))(params, jnp.ones((1, 2)))
+      >>> rules = parallel.fsdp(params, mesh=mesh, smallest=0)
+      >>> run = parallel.gathered(lambda p, x: x @ p["w"], rules, mesh=mesh)
+      >>> jax.jit(run)(params, jnp.ones((1, 2)))
       Array([[2., 2., 2.]], dtype=float32)
 
     References:

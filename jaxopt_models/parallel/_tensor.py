@@ -69,9 +69,10 @@ def tensor(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_models import parallel
       >>> fn = lambda p, x: jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
       >>> params = {"up": jnp.ones((4, 8)), "bias": jnp.ones((1, 8)), "down": jnp.ones((8, 4))}
-      >>> rules = tensor(fn, params, jnp.ones((2, 4)), size=2, smallest=0)
+      >>> rules = parallel.tensor(fn, params, jnp.ones((2, 4)), size=2, smallest=0)
       >>> for rule in rules: print(rule)
       ('bias', P(None, 'model'))
       ('down', P('model', None))
