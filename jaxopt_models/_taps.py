@@ -104,11 +104,11 @@ def tapped(fn: Callable[..., Any], names: Sequence[str], *, kernels: bool = True
 
         def look(arrays: list[Any]) -> None:
             program = trace(fn, frame, arrays, who="taps", every=True, reached=False)
-            sites.extend(_sites(program.jaxpr))
+            sites.extend(sites_of(program.jaxpr))
 
         jax.eval_shape(look, arrays)
         rows = [("path", p.path, list(p.value.shape)) for p in flatten(params)[0] if not p.reason]
-        for scope, outs in _scopes(sites).items():
+        for scope, outs in scopes_of(sites).items():
             rows.append(("scope", scope, [list(v.aval.shape) for _, v in outs]))
         rows += [("eqn", s.label, [list(v.aval.shape) for v in s.eqn.outvars]) for s in sites]
         return Table(("kind", "name", "shape"), rows, title=f"taps {name_of(fn)}")
@@ -136,7 +136,7 @@ class _Site:
     returned: frozenset[int] = frozenset()
 
 
-def _sites(
+def sites_of(
     jaxpr: Any,
     around: tuple[Any, ...] = (),
     counts: dict[str, int] | None = None,
@@ -186,7 +186,7 @@ def _sites(
                 last = [False] * len(body.outvars)
                 if name not in ("scan", "while") and len(body.outvars) == len(e.outvars):
                     last = [i in returned for i in range(len(e.outvars))]
-                found += _sites(body, (*around, e), counts, last)
+                found += sites_of(body, (*around, e), counts, last)
     return found
 
 
@@ -199,7 +199,7 @@ def _prefixes(scope: str) -> list[str]:
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _scopes(sites: list[_Site]) -> dict[str, list[tuple[tuple[_Site, int], Any]]]:
+def scopes_of(sites: list[_Site]) -> dict[str, list[tuple[tuple[_Site, int], Any]]]:
     found: dict[str, list[Any]] = {}
     for s in sites:
         for scope, outs in s.leaving.items():
@@ -215,8 +215,8 @@ def _resolve(
     names: Sequence[str], program: Program, params: Any, fn: str
 ) -> tuple[dict[tuple[int, ...], list[tuple[str, int]]], dict[str, list[str]]]:
     """Returns outputs of equations by trail, and parameters by path, with the names for them."""
-    sites = _sites(program.jaxpr)
-    scopes = _scopes(sites)
+    sites = sites_of(program.jaxpr)
+    scopes = scopes_of(sites)
     known = {p.path for p in flatten(params)[0]}
     labels = {s.label: s for s in sites}
     wanted: dict[tuple[int, ...], list[tuple[str, int]]] = {}

@@ -43,6 +43,8 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _bodies
 from ._bits import dtype_bits
@@ -226,7 +228,7 @@ class Walk:
 
     def mesh_spec(self, axes: tuple[str, ...]) -> Any:
         """Returns the partition of what :meth:`over_mesh` returns."""
-        return jax.sharding.PartitionSpec()
+        return PartitionSpec()
 
     rules: ClassVar[dict[str, Callable[..., list[Any]]]] = {}
 
@@ -304,7 +306,8 @@ def _is_norm_or_product(eqn: Any) -> bool:
 # ------------------------------------------------------------------ order of rebuilding
 # Nothing in an unrolled model says when a weight is rebuilt, and the scheduler of XLA on a CPU
 # rebuilds all of them first. So each rebuild is made to wait for the other operand. Up to JAX
-# 0.11 XLA drops barriers on a CPU; there the codes get a zero added that only the data knows.
+# 0.11 XLA drops barriers on a CPU; there the codes get a zero added that only the data knows, on
+# a mesh each device its own, since any one entry of an array would have to be sent to all others.
 
 _BARRIERS_HOLD = jax.__version_info__ >= (0, 12)
 
@@ -315,8 +318,24 @@ def _in_order(operands: list[Any]) -> Sequence[Any]:
         return operands
     if _BARRIERS_HOLD:
         return jax.lax.optimization_barrier(tuple(operands))
-    zero = _zero(jax.lax.stop_gradient(partners[0]))
-    return [jax.tree.map(lambda a: _wait(a, zero), x) if packed(x) else x for x in operands]
+
+    late = [x for x in operands if packed(x)]
+    if jax.sharding.get_abstract_mesh().manual_axes:  # each device has its own array already
+        late = _waiting(late, partners[0], _first_as_zero)
+    else:
+        zero = functools.partial(_waiting, zero=_zero)
+        late = jax.lax.platform_dependent(late, partners[0], cpu=zero, default=_barred)
+    new = iter(late)
+    return [next(new) if packed(x) else x for x in operands]
+
+
+def _waiting(late: list[Any], partner: jax.Array, zero: Callable[..., jax.Array]) -> list[Any]:
+    nothing = zero(jax.lax.stop_gradient(partner))
+    return jax.tree.map(lambda a: _wait(a, nothing), late)
+
+
+def _barred(late: list[Any], partner: jax.Array) -> list[Any]:
+    return jax.lax.optimization_barrier((late, partner))[0]
 
 
 def _can_order(x: Any) -> bool:
@@ -325,10 +344,23 @@ def _can_order(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x) > 0 and not divided
 
 
-@jax.custom_batching.custom_vmap
-def _zero(x: jax.Array) -> jax.Array:
+def _first_as_zero(x: jax.Array) -> jax.Array:
     first = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
     return (jax.lax.bitcast_convert_type(first, jnp.uint32) >> 31) >> 1
+
+
+def _of_each_device(mesh: Any, shapes: Any, result: Any) -> Any:
+    whole = NamedSharding(mesh, PartitionSpec())
+    return mesh, _first_as_zero, whole, (shapes[0].sharding,)
+
+
+_own = custom_partitioning(_first_as_zero)
+_own.def_partition(partition=_of_each_device, sharding_rule="... ->")
+
+
+@jax.custom_batching.custom_vmap
+def _zero(x: jax.Array) -> jax.Array:
+    return _own(x)
 
 
 @_zero.def_vmap

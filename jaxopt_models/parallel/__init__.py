@@ -5,10 +5,13 @@ from ._apart import apart as apart
 from ._apart import Apart as Apart
 from ._codecs import Int8 as Int8
 from ._codecs import TopK as TopK
+from ._constrain import constrain as constrain
 from ._data import data_parallel as data_parallel
 from ._data import DataParallel as DataParallel
 from ._data import DataState as DataState
 from ._estimate import estimate as estimate
+from ._fsdp import fsdp as fsdp
+from ._gathered import gathered as gathered
 from ._knowledge import teacher_student as teacher_student
 from ._knowledge import teachers as teachers
 from ._layouts import Layout as Layout
@@ -18,8 +21,8 @@ from ._outputs import vote as vote
 from ._outputs import weighted as weighted
 from ._peers import mutual as mutual
 from ._peers import PeersState as PeersState
-from ._pipeline import pipeline as pipeline
 from ._pipeline import Pipeline as Pipeline
+from ._pipeline import pipeline as pipeline
 from ._plan import Estimate as Estimate
 from ._plan import Plan as Plan
 from ._program import Collective as Collective
@@ -27,11 +30,13 @@ from ._program import collectives as collectives
 from ._program import collectives_table as collectives_table
 from ._reduce import all_reduce as all_reduce
 from ._reduce import ReduceState as ReduceState
+from ._rules import Rules as Rules
 from ._shard import shard as shard
 from ._shard import shardings as shardings
 from ._shard import spec_of as spec_of
 from ._steps import ApartState as ApartState
 from ._steps import Training as Training
+from ._tensor import tensor as tensor
 from ._timetable import Phase as Phase
 from ._timetable import Timetable as Timetable
 from ._topology import Chip as Chip

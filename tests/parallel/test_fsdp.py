@@ -1,0 +1,178 @@
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from parallel_layouts import mesh_of, place, transfers
+
+import jaxopt_models as jom
+from jaxopt_models import Axes, Rule, parallel, quant
+
+RNG = np.random.default_rng(0)
+MESH = mesh_of((8,), ("data",))
+BYTES = {"s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "f32": 4}
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def fn(params, x):
+    return jnp.maximum(x @ params["a"], 0) @ params["b"]
+
+
+def loss(fn):
+    return lambda params, x: jnp.sum(fn(params, x) ** 2) / 100
+
+
+def pair():
+    return {"a": normal(64, 128), "b": normal(128, 64)}
+
+
+def spread(x, mesh=MESH):
+    return jax.device_put(x, NamedSharding(mesh, P("data")))
+
+
+def gathers(compiled):
+    """Returns bytes that all-gathers bring to a device, by type."""
+    found = collections.Counter()
+    for kind, dtype, shape in transfers(compiled):
+        if kind == "all-gather":
+            found[dtype] += BYTES[dtype] * int(np.prod(shape))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("encoder", "want"),
+    [
+        (None, {"f32": 2 * 4 * 8192}),
+        (quant.Int(bits=8), {"s8": 2 * 8192, "f32": 4 * 128}),
+        (quant.Int(bits=4, group=16), {"u8": 8192, "f32": 4 * (128 * 4 + 64 * 8)}),
+        (quant.Int(bits=3), {"u8": 2 * 3 * 1024, "f32": 4 * 128}),
+    ],
+    ids=repr,
+)
+def test_what_is_stored_is_what_travels(encoder, want):
+    params, x = pair(), normal(16, 64)
+    params = params if encoder is None else jom.compress(params, [Rule(".*", encoder)])
+    rules = parallel.fsdp(params, mesh=MESH, smallest=0)
+    assert list(rules) == [("a", P(None, "data")), ("b", P("data", None)), (".*", P())]
+    step = jax.jit(parallel.gathered(fn, rules, mesh=MESH))
+    there = place(params, MESH, rules)
+    np.testing.assert_allclose(step(there, spread(x)), jom.accelerate(fn)(params, x), atol=1e-4)
+    assert gathers(step.lower(there, spread(x)).compile()) == want
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_gradients(bits):
+    params, x = pair(), normal(16, 64)
+    recipe = (
+        [] if bits is None else [Rule("a", quant.Int(bits=bits)), Rule("b", quant.Int(bits=bits))]
+    )
+    encoded = jax.eval_shape(lambda p: jom.compress(p, recipe), params)
+    rules = parallel.fsdp(encoded, mesh=MESH, smallest=0)
+    there = place(params, MESH, rules)
+    shown = jom.straight_through(recipe) if recipe else lambda p: p
+    want = jax.jit(jax.value_and_grad(loss(lambda p, x: fn(shown(p), x))))(params, x)
+    run = parallel.gathered(fn, rules, mesh=MESH, recipe=recipe)
+    divided = jax.tree.map(lambda a: a.sharding, there)
+    step = jax.jit(jax.value_and_grad(loss(run)), out_shardings=(None, divided))
+    compiled = step.lower(there, spread(x)).compile()
+    got = compiled(there, spread(x))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+    # Both weights forward, the second once more backward: neither is kept whole.
+    codes = {None: {"f32": 3 * 4 * 8192}, 8: {"s8": 3 * 8192}, 4: {"u8": 3 * 4096}}[bits]
+    found = gathers(compiled)
+    assert {k: found[k] for k in codes} == codes
+    assert sum(found.values()) - sum(codes.values()) <= 4 * 256  # scales
+
+
+def test_layers_of_a_loop_with_tensor_parallelism():
+    mesh = mesh_of((2, 4))
+
+    def stack(params, x):
+        def layer(x, w):
+            y = jax.nn.relu(x @ w["up"]) @ w["down"]
+            return x + y / jnp.sqrt((y * y).mean(-1, keepdims=True) + 1), None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    params = {"up": normal(3, 16, 64), "down": normal(3, 64, 16)}
+    recipe = [Rule(".*", quant.Int(bits=8), axes=Axes(stack=1))]
+    small, x = jom.compress(params, recipe), normal(4, 16)
+    rules = parallel.tensor(stack, small, x, mesh=mesh, smallest=0)
+    both = parallel.fsdp(small, mesh=mesh, rules=rules, smallest=0)
+    assert dict(both) == {
+        "up": P(None, "data", "model"),
+        "down": P(None, "model", "data"),
+        ".*": P(),
+    }
+    step = jax.jit(parallel.gathered(stack, both, mesh=mesh))
+    there, inputs = place(small, mesh, both), spread(x, mesh=mesh)
+    compiled = step.lower(there, inputs).compile()
+    np.testing.assert_allclose(compiled(there, inputs), jom.accelerate(stack)(small, x), atol=1e-5)
+    # A layer at a time, and of it the quarter that a device works with.
+    assert gathers(compiled)["s8"] == 2 * 16 * 64 // 4
+    assert [r for r in transfers(compiled) if r[0] == "all-reduce"] == [
+        ("all-reduce", "f32", (2, 16))
+    ]
+
+
+def test_rules():
+    params = {
+        "w": jnp.ones((6, 16)),
+        "conv": jnp.ones((24, 3, 8, 4)),
+        "b": jnp.ones(6),
+        "s": jnp.ones(()),
+    }
+    rules = parallel.fsdp(params, size=4, smallest=5)
+    assert dict(rules) == {"w": P(None, "data"), "conv": P(None, None, "data", None), ".*": P()}
+    notes = {r["path"]: r["note"] for r in rules.table}
+    assert notes["b"] == "6 does not divide by 4"
+    assert "fewer than smallest=5" in notes["s"]
+    grouped = jom.compress({"w": normal(64, 6)}, [Rule("w", quant.Int(bits=4, group=32))])
+    assert list(parallel.fsdp(grouped, size=4, smallest=0)) == [(".*", P())]
+    assert dict(parallel.fsdp(grouped, size=2, smallest=0))["w"] == P("data", None)
+    given = [("w", P("model", None))]
+    mesh = mesh_of((2, 4))
+    rules = parallel.fsdp({"w": jnp.ones((8, 3))}, mesh=mesh, rules=given, smallest=0)
+    assert dict(rules)["w"] == P(("model", "data"), None)
+
+
+def test_leaves_that_read_their_input_and_what_comes_back():
+    both = jom.chain(quant.Int(bits=8), quant.Input(bits=8))
+    params, x = pair(), normal(16, 64)
+    small = jom.compress(params, [Rule("a", both)])
+    rules = parallel.fsdp(small, mesh=MESH, smallest=0)
+    run = parallel.gathered(lambda p, x: (fn(p, x), p["b"]), rules, mesh=MESH)
+    got, b = run(place(small, MESH, rules), spread(x))
+    np.testing.assert_allclose(got, jom.simulate(fn)(small, x), atol=1e-3)
+    np.testing.assert_array_equal(b, params["b"])
+
+
+def test_what_is_not_divided_is_encoded_too():
+    params, x = {"a": normal(64, 128), "b": normal(128, 3)}, normal(16, 64)
+    recipe = [Rule(".*", quant.Int(bits=4))]
+    rules = [("a", P("data")), ("b", P())]
+    run = jax.jit(parallel.gathered(fn, rules, mesh=MESH, recipe=recipe))
+    want = fn(jom.straight_through(recipe)(params), x)
+    np.testing.assert_allclose(run(place(params, MESH, rules), spread(x)), want, atol=1e-4)
+
+
+def test_mistakes():
+    params, x = pair(), normal(16, 64)
+    small = jom.compress(params, [Rule("b", quant.Int(bits=4, group=64))])
+    rules = parallel.fsdp(params, mesh=MESH, smallest=0)
+    with pytest.raises(ValueError, match=r"b cannot be divided by .*groups"):
+        parallel.gathered(fn, rules, mesh=MESH)(small, x)
+    with pytest.raises(ValueError, match="axis='model' is none of the mesh's"):
+        parallel.gathered(fn, rules, mesh=MESH, axis="model")
+    with pytest.raises(ValueError, match="names b, which is a Quantized already"):
+        rules = parallel.fsdp(small, mesh=MESH, smallest=0)
+        parallel.gathered(fn, rules, mesh=MESH, recipe=[Rule("b", quant.Int(bits=8))])(small, x)
+    with pytest.raises(ValueError, match="rules divide a along 'data' already"):
+        parallel.fsdp(params, mesh=MESH, rules=[("a", P("data"))])
