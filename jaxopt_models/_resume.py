@@ -74,7 +74,12 @@ class Checkpoints:
         return self.managers[stage]
 
 
-def claim(folder: pathlib.Path, identity: dict[str, str], option: str) -> None:
+def claim(
+    folder: pathlib.Path,
+    identity: dict[str, str],
+    option: str,
+    fix: str = "Give another folder, or remove this one to start anew",
+) -> None:
     """Makes a folder that of a run, or raises a `ValueError` if it is that of another."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "run.json"
@@ -86,8 +91,7 @@ def claim(folder: pathlib.Path, identity: dict[str, str], option: str) -> None:
     if differ:
         lines = [f"\n  {k}: {found.get(k)} there, {identity[k]} here" for k in differ]
         raise ValueError(
-            f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n"
-            "Give another folder, or remove this one to start anew"
+            f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n{fix}"
         )
 
 
