@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._spread import on_host, together
+
 
 class Checkpoints:
     """One Orbax checkpoint manager for each stage of a run, below one folder.
@@ -30,6 +32,15 @@ class Checkpoints:
         self.managers: dict[str, Any] = {}
         if self.folder is None:
             return
+        error = None
+        if jax.process_index() == 0:
+            try:
+                claim(self.folder, identity, "checkpoint")
+            except ValueError as e:  # which the others find themselves
+                error = e
+        together("checkpoint")
+        if error is not None:
+            raise error
         claim(self.folder, identity, "checkpoint")
 
     def __enter__(self) -> Checkpoints:
@@ -100,7 +111,7 @@ def digest(tree: Any) -> str:
     crc = 0
     for x in jax.tree.leaves(tree):
         x = _plain(x) if isinstance(x, jax.Array) else x
-        crc = zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(on_host(x)).tobytes(), crc)
     return f"{crc:08x}"
 
 

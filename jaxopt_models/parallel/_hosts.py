@@ -16,16 +16,27 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from .._options import whole
+from .._spread import together
+
 #: Exit code of a process that stops because another one is lost.
 LOST = 17
 
 
 class _Watch:
-    """What a process knows of the others: whether somebody looks after them, and how it ends."""
+    """What a process knows of the others.
+
+    Args:
+      depth: how many guards it is in; outside of them the others may leave.
+      what: what is being done there.
+      lost: how the others were lost; empty if they live.
+      leaving: whether this process is in its exit.
+    """
 
     def __init__(self) -> None:
-        self.on, self.leaving, self.what = False, False, ""
+        self.depth, self.what, self.lost, self.leaving = 0, "", "", False
         self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
 
 
 _watch = _Watch()
@@ -69,6 +80,9 @@ def start(
         ...
       ValueError: start: process=2 of processes=2; they are numbered from 0 to 1
     """
+    timeout = whole(timeout, "start: timeout")
+    if timeout < 1:
+        raise ValueError(f"start: {timeout=} is a number of seconds, 1 or more")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ValueError(
             f"start: {process=} of {processes=}; they are numbered from 0 to {processes - 1}"
@@ -89,34 +103,38 @@ def start(
         shutdown_timeout_seconds=timeout,
         **more,
     )
-    # Later than JAX's own, hence called earlier.
-    atexit.register(_leave)
     if jax.process_count() > 1:
-        _watch.on = True
-        threading.Thread(target=_look_after, args=(jax.devices(),), daemon=True).start()
+        # Registered later than JAX's own, hence called earlier.
+        atexit.register(_leave, timeout)
+        _watch.thread = threading.Thread(target=_look_after, args=(jax.devices(),), daemon=True)
+        _watch.thread.start()
 
 
-def _leave() -> None:
+def _leave(timeout: float) -> None:
+    """Lets the first process, which has the coordinator, leave last: JAX aborts the others else."""
     _watch.leaving = True
+    if jax.process_index() == 0 and _watch.thread is not None:
+        _watch.thread.join(timeout)
 
 
 def _look_after(devices: list[Any]) -> None:
-    """Asks again and again who lives, which fails in all processes once one does not."""
-    pause = threading.Event()
-    while not _watch.leaving:
+    """Asks again and again who lives; the answer comes when all have asked, or one is lost."""
+    pause, everybody = threading.Event(), {d.process_index for d in devices}
+    while not _watch.leaving or jax.process_index() == 0:
+        lost: set[int] = set()
         try:
             with multihost_utils.live_devices(devices) as alive:
-                lost = {d.process_index for d in devices} - {d.process_index for d in alive}
+                lost = everybody - {d.process_index for d in alive}
         except multihost_utils.ProcessFailureError as e:
             lost = {d.process_index for d in e.failed_devices}
-        except Exception as e:
-            if not _watch.leaving:
-                _stop(f"the coordinator cannot be reached: {_short(e)}")
-            return
-        if _watch.leaving:
-            return
+        except Exception as e:  # of the connection, in whatever version of JAX
+            _watch.lost = f"the coordinator cannot be reached: {_short(e)}"
         if lost:
-            _stop(f"lost process {', '.join(map(str, sorted(lost)))} of {jax.process_count()}")
+            _watch.lost = f"lost process {', '.join(map(str, sorted(lost)))} of {len(everybody)}"
+        if _watch.lost and _watch.depth and not _watch.leaving:
+            _stop(_watch.lost)
+        if _watch.lost and (not _watch.leaving or len(lost) in (0, len(everybody) - 1)):
+            return
         pause.wait(0.5)
 
 
@@ -141,16 +159,22 @@ def guard(what: str = "") -> Iterator[None]:
         yield
         return
     before, _watch.what = _watch.what, what or _watch.what
+    _watch.depth += 1
     try:
+        if _watch.lost:
+            _stop(_watch.lost)
         yield
-        multihost_utils.sync_global_devices(f"jaxopt_models {what}")
+        # From here on the others may leave before this process has noticed that all are done.
+        _watch.depth -= 1
+        together(f"end of {what}")
+        _watch.depth += 1
     except BaseException as e:
         if _is_loss(e):
             _stop(f"another process is lost: {_short(e)}")
         traceback.print_exc()
         _stop(f"process {jax.process_index()} failed: {_short(e)}")
-    finally:
-        _watch.what = before
+    _watch.depth -= 1
+    _watch.what = before
 
 
 def _is_loss(e: BaseException) -> bool:
@@ -219,12 +243,6 @@ def _padded(sums: list[int]) -> np.ndarray:
     out[: len(sums)] = sums
     out[32] = len(sums)
     return out
-
-
-def together(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"jaxopt_models {name}")
 
 
 def share(sizes: list[int], count: int) -> list[int]:

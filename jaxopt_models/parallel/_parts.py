@@ -127,6 +127,20 @@ def finished(folder: pathlib.Path) -> dict[int, tuple[int, Record]]:
     return found
 
 
+def clear(folder: pathlib.Path) -> None:
+    """Removes what a run left that finished nothing, whatever its arguments were.
+
+    Raises:
+      BlockingIOError: if it is still running.
+    """
+    if not folder.exists() or finished(folder):
+        return
+    for file in folder.glob("*.sections"):
+        with open(file, "rb") as f:
+            _lock(f.fileno(), folder)
+    shutil.rmtree(folder)
+
+
 def assemble(folder: pathlib.Path, count: int, path: str, meta: Sequence[Any]) -> int:
     """Makes one file of all parts, puts it in its place, and removes the folder.
 

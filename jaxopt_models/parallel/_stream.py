@@ -15,13 +15,14 @@ from .._paths import flatten
 from .._progress import bar
 from .._recipe import Rule, decide
 from .._resume import claim, digest
+from .._spread import together
 from .._version import __version__
 from ..artifact._container import check_plain
 from ..artifact._file import check_stored_as, recipe_text
 from ..artifact._skeleton import flatten_tree
 from ._flow import flow
-from ._hosts import agree, guard, share, together
-from ._parts import Part, assemble, finished
+from ._hosts import agree, guard, share
+from ._parts import Part, assemble, clear, finished
 from ._sections import Job, Options
 from ._source import open_source
 
@@ -117,6 +118,7 @@ def compress_checkpoint(
     me, count = jax.process_index(), jax.process_count()
     with guard(_WHO):
         if me == 0:
+            clear(folder)
             fix = "Finish that run, or remove the folder to start anew"
             claim(folder, {**facts, "files": opened.written}, f"{_WHO}: unfinished", fix)
         together("claimed")

@@ -146,5 +146,6 @@ def test_leftovers_of_others(tmp_path):
     write(source, {"w": bad})
     with pytest.raises(ValueError, match="compress_checkpoint: w: 1 of 64 entries are NaN"):
         parallel.compress_checkpoint(source, path, recipe)
+    write(source, {"w": normal(8, 8)})
     with pytest.raises(ValueError, match="group=5 does not divide the 8 inputs"):
         parallel.compress_checkpoint(source, path, [Rule("w", quant.Int(bits=4, group=5))])
