@@ -253,7 +253,7 @@ def _view(data: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int)
 
 
 def _sharded(path: str) -> dict[str, Span]:
-    """Looks into all shards of an index and checks that they hold what it says, no more, no less."""
+    """Looks into all shards of an index; they must hold what it says, no more and no less."""
     if os.path.getsize(path) > _MOST_HEADER:
         raise ValueError(f"{path}: an index of more than {_MOST_HEADER} bytes")
     with open(path, "rb") as f:

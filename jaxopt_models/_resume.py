@@ -101,9 +101,7 @@ def claim(
     differ = [k for k in identity if found.get(k) != identity[k]]
     if differ:
         lines = [f"\n  {k}: {found.get(k)} there, {identity[k]} here" for k in differ]
-        raise ValueError(
-            f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n{fix}"
-        )
+        raise ValueError(f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n{fix}")
 
 
 def digest(tree: Any) -> str:

@@ -112,9 +112,13 @@ def start(
 
 def _leave(timeout: float) -> None:
     """Lets the first process, which has the coordinator, leave last: JAX aborts the others else."""
+    assert _watch.thread is not None
     _watch.leaving = True
-    if jax.process_index() == 0 and _watch.thread is not None:
+    if jax.process_index() == 0:
         _watch.thread.join(timeout)
+    # Ends what the thread waits for: Python would tear it out of its call, and that aborts.
+    jax.distributed.shutdown()
+    _watch.thread.join(timeout)
 
 
 def _look_after(devices: list[Any]) -> None:
@@ -224,7 +228,9 @@ def agree(who: str, **facts: str) -> None:
         return
     lines = []
     for i in differ:
-        name = "the names of these" if i == 0 else names[i - 1] if i <= len(names) else "their count"
+        name = (
+            "the names of these" if i == 0 else names[i - 1] if i <= len(names) else "their count"
+        )
         groups: dict[int, list[str]] = {}
         for process, value in enumerate(found[:, i].tolist()):
             groups.setdefault(value, []).append(str(process))

@@ -86,7 +86,7 @@ def slices(job: Job, options: Options) -> list[tuple[int, int]]:
 
 
 def axes_of(job: Job, options: Options) -> Axes | None:
-    """Returns the roles of a tensor's axes, or ``None`` where encoding it will say what is wrong."""
+    """Returns the roles of a tensor's axes; ``None`` where encoding will say what is wrong."""
     rule, blank = job.decision.rule, job.tensor.blank
     assert rule is not None
     found = None if options.stats is None else options.stats.get(job.decision.parameter.path)

@@ -71,7 +71,9 @@ def _of_safetensors(path: str) -> Source:
     tensors = {name: Tensor(_blank(s.shape, s.dtype), _reader(s), s) for name, s in found.items()}
     files = sorted({s.file for s in found.values()})
     # Where the folder lies does not matter, nor on which host.
-    parts = [(n, str(s.dtype), s.shape, os.path.basename(s.file), s.offset) for n, s in found.items()]
+    parts = [
+        (n, str(s.dtype), s.shape, os.path.basename(s.file), s.offset) for n, s in found.items()
+    ]
     return Source(
         nest({name: t.blank for name, t in tensors.items()}, path),
         {id(t.blank): t for t in tensors.values()},
@@ -104,7 +106,9 @@ def _reader(span: Span) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
         out = np.empty(span.shape, span.dtype)
         with open(span.file, "rb", buffering=0) as f:
-            read_into(f.fileno(), span.offset, memoryview(out.reshape(-1).view(np.uint8)), span.file)
+            read_into(
+                f.fileno(), span.offset, memoryview(out.reshape(-1).view(np.uint8)), span.file
+            )
         if span.dtype.kind == "b" and out.view(np.uint8).max(initial=0) > 1:
             raise ValueError(f"{span.file}: holds bytes that are no booleans")
         return out
