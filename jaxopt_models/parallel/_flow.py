@@ -14,7 +14,7 @@ import numpy as np
 
 from ._parts import Part
 from ._sections import SLICE, Coding, Copied, Job, Options, Section, slices, whole
-from ._source import read_into
+from ._source import ahead, read_into
 
 
 class _Stopped(Exception):
@@ -169,6 +169,7 @@ def _read(jobs: Sequence[Job], options: Options, budget: Budget, spare: Any) -> 
                     return
                 buffer = _buffer(size, spare)
                 view = memoryview(buffer)[:size]
+                ahead(files[span.file], span.offset + start * row + size, size)
                 read_into(files[span.file], span.offset + start * row, view, span.file)
                 array = np.frombuffer(view, span.dtype).reshape(stop - start, *span.shape[1:])
                 yield Slice(job, array, stop == span.shape[0], buffer)

@@ -116,6 +116,12 @@ def _reader(span: Span) -> Callable[[], np.ndarray]:
     return load
 
 
+def ahead(fd: int, offset: int, size: int) -> None:
+    """Has the system read what is asked for next, in one piece; by itself it takes small ones."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+
 def read_into(fd: int, offset: int, out: memoryview, file: str) -> None:
     """Fills a buffer from a place of a file.
 
