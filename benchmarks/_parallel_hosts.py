@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -117,7 +118,7 @@ def rows(*, quick: bool) -> list[Row]:
         write_checkpoint(source, 12, (256, 512))
         read = lambda where: (  # noqa: E731
             np.load(os.path.join(where, "found.npz")),
-            open(os.path.join(where, "small.jom"), "rb").read(),
+            pathlib.Path(where, "small.jom").read_bytes(),
         )
         one = os.path.join(folder, "one")
         _checked(run(1, one, source=source))

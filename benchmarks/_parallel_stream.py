@@ -152,7 +152,8 @@ def rows(*, quick: bool) -> list[Row]:
         for name in ("plain", "hint")
     }
     what = f"{read / 1e9:.2g} GB float32 to int4 in groups of 32, no entropy coding"
-    wrote = f"reads {read / 1e9:.2f} GB, writes {size / 1e9:.2f} GB; cold, synced; load {os.getloadavg()[0]:.0f}"
+    wrote = f"reads {read / 1e9:.2f} GB, writes {size / 1e9:.2f} GB; cold, synced; load of others "
+    wrote += f"and this {os.getloadavg()[0]:.0f}"
     median = statistics.median
     return [
         Row(f"{what}: speed beside plain reading and writing", median(against["plain"]), ">= 0.5",

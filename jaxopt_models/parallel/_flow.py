@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._disk import SPARE, File
 from ._parts import Part
 from ._sections import SLICE, Coding, Copied, Job, Options, Section, slices, whole
-from ._source import ahead, read_into
 
 
 class _Stopped(Exception):
@@ -116,7 +115,7 @@ def flow(jobs: Sequence[Job], options: Options, part: Part, advance: Callable[[s
                 )
                 current.add(array)
                 reading.give(array.nbytes)
-                if buffer is not None and len(buffer) == SLICE:
+                if buffer is not None and len(buffer) == SLICE + SPARE:
                     spare.put(buffer)
                 if not last:
                     continue
@@ -148,7 +147,7 @@ def _hand_over(
 def _read(jobs: Sequence[Job], options: Options, budget: Budget, spare: Any) -> Iterator[Slice]:
     """Reads slices into memory that is used again, so that no page of it is new."""
     with contextlib.ExitStack() as stack:
-        files: dict[str, int] = {}
+        files: dict[str, File] = {}
         for job in jobs:
             cuts = slices(job, options)
             if not cuts:
@@ -157,10 +156,7 @@ def _read(jobs: Sequence[Job], options: Options, budget: Budget, spare: Any) -> 
             for start, stop in cuts:
                 assert span is not None
                 if span.file not in files:
-                    file = stack.enter_context(open(span.file, "rb", buffering=0))
-                    files[span.file] = file.fileno()
-                    if hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                    files[span.file] = stack.enter_context(contextlib.closing(File(span.file)))
                 row = job.tensor.nbytes // span.shape[0]
                 size = (stop - start) * row
                 try:
@@ -168,18 +164,17 @@ def _read(jobs: Sequence[Job], options: Options, budget: Budget, spare: Any) -> 
                 except _Stopped:
                     return
                 buffer = _buffer(size, spare)
-                view = memoryview(buffer)[:size]
-                ahead(files[span.file], span.offset + start * row + size, size)
-                read_into(files[span.file], span.offset + start * row, view, span.file)
-                array = np.frombuffer(view, span.dtype).reshape(stop - start, *span.shape[1:])
+                at = span.offset + start * row
+                found = files[span.file].read(at, size, memoryview(buffer))
+                array = np.frombuffer(found, span.dtype).reshape(stop - start, *span.shape[1:])
                 yield Slice(job, array, stop == span.shape[0], buffer)
 
 
 def _buffer(size: int, spare: Any) -> mmap.mmap:
     # Page-aligned, which JAX takes as it is; what is not aligned is copied.
     if size > SLICE:
-        return mmap.mmap(-1, size)
+        return mmap.mmap(-1, size + SPARE)
     try:
         return spare.get_nowait()
     except queue.Empty:
-        return mmap.mmap(-1, SLICE)
+        return mmap.mmap(-1, SLICE + SPARE)

@@ -52,7 +52,12 @@ class Part:
         self.folder, self.number = folder, number
         self._data = open(folder / f"{number}.sections", "ab")  # noqa: SIM115
         self._journal = open(folder / f"{number}.journal", "ab")  # noqa: SIM115
-        _lock(self._data.fileno(), folder)
+        try:
+            _lock(self._data.fileno(), folder)
+        except BlockingIOError:
+            self._data.close()
+            self._journal.close()
+            raise
         records, end = read_journal(folder, number)
         self._journal.truncate(end)
         self._at = max((r.offset + r.length for r in records), default=len(MAGIC))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import mmap
 import os
 import zlib
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import numpy as np
 
 from .._checkpoint import Span, find_checkpoint, nest, spans
 from .._orbax import OrbaxTree
+from ._disk import SPARE, File
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,35 +108,15 @@ def _blank(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _reader(span: Span) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
-        out = np.empty(span.shape, span.dtype)
-        with open(span.file, "rb", buffering=0) as f:
-            read_into(
-                f.fileno(), span.offset, memoryview(out.reshape(-1).view(np.uint8)), span.file
-            )
+        size = math.prod(span.shape) * span.dtype.itemsize
+        with contextlib.closing(File(span.file)) as file:
+            found = file.read(span.offset, size, memoryview(mmap.mmap(-1, size + SPARE)))
+        out = np.frombuffer(found, span.dtype).reshape(span.shape)
         if span.dtype.kind == "b" and out.view(np.uint8).max(initial=0) > 1:
             raise ValueError(f"{span.file}: holds bytes that are no booleans")
         return out
 
     return load
-
-
-def ahead(fd: int, offset: int, size: int) -> None:
-    """Has the system read what is asked for next, in one piece; by itself it takes small ones."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def read_into(fd: int, offset: int, out: memoryview, file: str) -> None:
-    """Fills a buffer from a place of a file.
-
-    Raises:
-      ValueError: if the file ends before.
-    """
-    while len(out):
-        n = os.preadv(fd, [out], offset)
-        if not n:
-            raise ValueError(f"{file} ends early: it was changed while it was read")
-        out, offset = out[n:], offset + n
 
 
 def _checksum(parts: Any) -> str:

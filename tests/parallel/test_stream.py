@@ -1,16 +1,19 @@
 """Checkpoints that are compressed from file to file."""
 
+import contextlib
 import json
+import mmap
 import os
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxopt_models as jom
-from jaxopt_models import Axes, Rule, codebook, parallel, prune, quant
-from jaxopt_models.parallel import _sections
+from jaxopt_models import Axes, Rule, parallel, prune, quant
+from jaxopt_models.parallel import _disk, _parts, _sections
 
 RNG = np.random.default_rng(0)
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int8": "I8"}
@@ -63,7 +66,7 @@ RECIPE = [
     Rule("b/kernel", quant.Int(bits=3, group=16, symmetric=False), Axes(stack=1)),
     Rule("c/kernel", quant.Int(bits=8, block=2), Axes.torch()),
     Rule("d/kernel", quant.Int(bits=2, group=12, scale="power_of_two")),
-    Rule("e/kernel", jom.chain(prune.Magnitude(sparsity=0.5), codebook.KMeans(bits=3))),
+    Rule("e/kernel", jom.chain(prune.Magnitude(sparsity=0.5), quant.Int(bits=3))),
     Rule("f/kernel", quant.Int(bits=4, group=8, scale="bfloat16")),
 ]
 
@@ -143,3 +146,40 @@ def test_leftovers_of_others(tmp_path):
     write(source, {"w": normal(8, 8)})
     with pytest.raises(ValueError, match="group=5 does not divide the 8 inputs"):
         parallel.compress_checkpoint(source, path, [Rule("w", quant.Int(bits=4, group=5))])
+
+
+def test_from_orbax(tmp_path):
+    tree = {"a": {"kernel": normal(32, 16)}, "l": [normal(5), np.int32(3)], "step": 7}
+    ocp.PyTreeCheckpointer().save(tmp_path / "o", tree)
+    recipe = [Rule("a/kernel", quant.Int(bits=4, group=32))]
+    parallel.compress_checkpoint(tmp_path / "o", tmp_path / "m.jom", recipe, progress=False)
+    read = jom.read_checkpoint(tmp_path / "o")
+    jom.save(tmp_path / "all.jom", jom.compress(read, recipe), recipe=recipe)
+    assert (tmp_path / "m.jom").read_bytes() == (tmp_path / "all.jom").read_bytes()
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_pieces_of_a_file(tmp_path, cold):
+    data = RNG.integers(0, 256, 50_001, np.uint8).tobytes()
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    if cold:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    with contextlib.closing(_disk.File(str(path))) as file:
+        for at, size in [(0, 1), (4096, 4096), (4095, 9000), (45_000, 5001), (7, 49_994)]:
+            buffer = memoryview(mmap.mmap(-1, size + _disk.SPARE))
+            assert bytes(file.read(at, size, buffer)) == data[at : at + size]
+        with pytest.raises(ValueError, match="ends early"):
+            file.read(50_000, 2, memoryview(mmap.mmap(-1, 2 + _disk.SPARE)))
+
+
+def test_one_run_at_a_time(tmp_path):
+    (tmp_path / "0.sections").write_bytes(b"")
+    part = _parts.Part(tmp_path, 0)
+    with pytest.raises(BlockingIOError, match="another process is writing"):
+        _parts.Part(tmp_path, 0)
+    part.close()
+    _parts.Part(tmp_path, 0).close()
