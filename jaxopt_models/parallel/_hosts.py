@@ -125,19 +125,19 @@ def _look_after(devices: list[Any]) -> None:
     """Asks again and again who lives; the answer comes when all have asked, or one is lost."""
     pause, everybody = threading.Event(), {d.process_index for d in devices}
     while not _watch.leaving or jax.process_index() == 0:
-        lost: set[int] = set()
+        lost, reached = set[int](), True
         try:
             with multihost_utils.live_devices(devices) as alive:
                 lost = everybody - {d.process_index for d in alive}
         except multihost_utils.ProcessFailureError as e:
             lost = {d.process_index for d in e.failed_devices}
         except Exception as e:  # of the connection, in whatever version of JAX
-            _watch.lost = f"the coordinator cannot be reached: {_short(e)}"
+            _watch.lost, reached = f"the coordinator cannot be reached: {_short(e)}", False
         if lost:
             _watch.lost = f"lost process {', '.join(map(str, sorted(lost)))} of {len(everybody)}"
         if _watch.lost and _watch.depth and not _watch.leaving:
             _stop(_watch.lost)
-        if _watch.lost and (not _watch.leaving or len(lost) in (0, len(everybody) - 1)):
+        if not reached or len(lost) == len(everybody) - 1:
             return
         pause.wait(0.5)
 
