@@ -11,14 +11,14 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from . import artifact
+from ._orbax import OrbaxTree
 
 ACCEPTED = (
     "a .safetensors file, a *.safetensors.index.json or the folder of its shards, an Orbax "
@@ -75,40 +75,53 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
       [1.0, 2.0]
       >>> del tree; folder.cleanup()
     """
+    kind, path = find_checkpoint(path)
+    if kind == "orbax":
+        with OrbaxTree(path) as tree:
+            return tree.read()
+    return artifact.load(path) if kind == "artifact" else nest(_views(spans(path)), path)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Says what a path is: ``"safetensors"``, ``"orbax"`` or ``"artifact"``, and where it lies.
+
+    Raises:
+      ValueError: for an unknown checkpoint, or several.
+      OSError: if it cannot be read.
+    """
     path = os.fsdecode(path)
     if os.path.isdir(path):
-        return _read_folder(path)
+        return _find_in(path)
     if path.endswith(_INDEX):
-        return _nest(_read_sharded(path), path)
+        return "safetensors", path
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: neither a file nor a folder; a checkpoint is {ACCEPTED}")
     with open(path, "rb") as f:
         start = f.read(9)
     if start.startswith(b"jom"):
-        return artifact.load(path)
+        return "artifact", path
     if path.endswith(".safetensors") or start[8:] == b"{":
-        return _nest(_read_safetensors(path), path)
+        return "safetensors", path
     raise ValueError(
         f"{path}: no checkpoint of a known format; a checkpoint is {ACCEPTED} (pickles are not "
         "opened: convert them to safetensors)"
     )
 
 
-def _read_folder(folder: str) -> Any:
+def _find_in(folder: str) -> tuple[str, str]:
     names = sorted(os.listdir(folder))
     if "_METADATA" in names:
-        return _read_orbax(folder)
-    for end, read in ((_INDEX, _read_sharded), (".safetensors", _read_safetensors)):
+        return "orbax", folder
+    for end in (_INDEX, ".safetensors"):
         found = [name for name in names if name.endswith(end)]
         if len(found) == 1:
-            path = os.path.join(folder, found[0])
-            return _nest(read(path), path)
+            return "safetensors", os.path.join(folder, found[0])
         if found:
             raise ValueError(f"{folder}: {len(found)} files *{end}; name one of {_some(found)}")
     items = [n for n in names if os.path.isfile(os.path.join(folder, n, "_METADATA"))]
     first = [n for n in ("default", "params") if n in items]
     if first or len(items) == 1:
-        return _read_orbax(os.path.join(folder, (first or items)[0]))
+        return "orbax", os.path.join(folder, (first or items)[0])
     if items:
         raise ValueError(f"{folder}: an Orbax step with several trees; name one of {_some(items)}")
     if steps := sorted((n for n in names if n.isdecimal()), key=int):
@@ -120,8 +133,42 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
 
-def _read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Maps one file; checks all of its header and none of its data."""
+class Span(NamedTuple):
+    """Where a tensor lies: in C order and little-endian, from a byte of a file on."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def spans(path: str) -> dict[str, Span]:
+    """Returns where the tensors of a safetensors file, or of an index of them, lie.
+
+    Raises:
+      ValueError: for a damaged or incomplete checkpoint; names file and tensor.
+    """
+    return _sharded(path) if path.endswith(_INDEX) else _spans(path)
+
+
+def _views(found: Mapping[str, Span]) -> dict[str, np.ndarray]:
+    """Maps the files of tensors; reads none but those of booleans."""
+    maps: dict[str, mmap.mmap] = {}
+    for span in found.values():
+        if span.file not in maps:
+            with open(span.file, "rb") as f:
+                maps[span.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    tensors = {}
+    for name, span in found.items():
+        try:
+            tensors[name] = _view(maps[span.file], span.dtype, span.shape, span.offset)
+        except ValueError as e:
+            raise ValueError(f"{span.file}: tensor {name!r:.200}: {e}") from None
+    return tensors
+
+
+def _spans(path: str) -> dict[str, Span]:
+    """Checks all of the header of one file."""
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")
@@ -131,8 +178,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
                 f"(at most {_MOST_HEADER} are allowed)"
             )
         header = _parse(f.read(length), path)
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    spans = []
+    places = []
     tensors = {}
     for name, about in header.items():
         if name == "__metadata__":
@@ -141,12 +187,12 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
             continue
         try:
             dtype, shape, begin, end = _check_tensor(about, size - 8 - length)
-            tensors[name] = _view(data, dtype, shape, 8 + length + begin)
         except (ValueError, OverflowError) as e:
             raise ValueError(f"{path}: tensor {name!r:.200}: {e}") from None
-        spans.append((begin, end, name))
+        tensors[name] = Span(path, dtype, shape, 8 + length + begin)
+        places.append((begin, end, name))
     at = 0
-    for begin, end, name in sorted(spans):
+    for begin, end, name in sorted(places):
         if begin != at:
             what = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
             raise ValueError(f"{path}: tensor {name!r:.200}: begins at {begin}, {what} (ends {at})")
@@ -206,15 +252,15 @@ def _view(data: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int)
     return view
 
 
-def _read_sharded(path: str) -> dict[str, np.ndarray]:
-    """Reads all shards of an index and checks that they hold what it says, no more, no less."""
+def _sharded(path: str) -> dict[str, Span]:
+    """Looks into all shards of an index; they must hold what it says, no more and no less."""
     if os.path.getsize(path) > _MOST_HEADER:
         raise ValueError(f"{path}: an index of more than {_MOST_HEADER} bytes")
     with open(path, "rb") as f:
         where = _parse(f.read(), path).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
         raise ValueError(f"{path}: weight_map is not an object of tensor and file names")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Span] = {}
     for shard in sorted(set(where.values())):
         names = {name for name, file in where.items() if file == shard}
         parts = shard.replace("\\", "/").split("/")
@@ -223,7 +269,7 @@ def _read_sharded(path: str) -> dict[str, np.ndarray]:
         file = os.path.join(os.path.dirname(path), shard)
         if not os.path.isfile(file):
             raise ValueError(f"{path}: the shard {shard!r:.200} is missing")
-        found = _read_safetensors(file)
+        found = _spans(file)
         if missing := sorted(names - set(found)):
             raise ValueError(f"{file}: holds no tensor {missing[0]!r:.200}, which {path} says")
         if extra := sorted(set(found) - names):
@@ -232,7 +278,8 @@ def _read_sharded(path: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _nest(tensors: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
+def nest(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Makes nested dicts of dotted names."""
     tree: dict[str, Any] = {}
     for name, value in tensors.items():
         *folders, last = name.split(".")
@@ -250,25 +297,3 @@ def _nest(tensors: Mapping[str, np.ndarray], path: str) -> dict[str, Any]:
             raise ValueError(f"{path}: {name!r:.200} is a tensor and the prefix of others")
         node[last] = value
     return tree
-
-
-def _read_orbax(folder: str) -> Any:
-    """Restores every array of a tree to the host, whatever devices it was saved from."""
-    import orbax.checkpoint as ocp
-    from etils import epath
-
-    handler = ocp.PyTreeCheckpointHandler()
-    where = epath.Path(os.path.abspath(folder))
-    try:
-        args = jax.tree.map(_host(ocp.RestoreArgs), handler.metadata(where).tree)
-        tree = handler.restore(where, args=ocp.args.PyTreeRestore(restore_args=args))
-    except Exception as e:  # each store has errors of its own, of no common type
-        what = " ".join(str(e).split())
-        raise ValueError(f"{folder}: Orbax cannot read it: {type(e).__name__}: {what:.300}") from e
-    finally:
-        handler.close()
-    return tree
-
-
-def _host(restore_args: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda about: restore_args(restore_type=np.ndarray if hasattr(about, "dtype") else None)

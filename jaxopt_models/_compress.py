@@ -92,11 +92,11 @@ def encode(d: Decision, *, stats: Any, key: jax.Array | None, who: str) -> Any:
         found = None if stats is None else stats.get(path)
         if missing := encoder.missing(d.parameter.value, found):
             raise ValueError(f"{encoder} needs the statistics {missing}; calibrate and pass stats=")
-        axes = d.rule.axes or _seen_axes(found, d.parameter.value)
+        axes = d.rule.axes or seen_axes(found, d.parameter.value)
         return encoder(d.parameter.value, axes=axes, stats=found, key=fold(key, path))
 
 
-def _seen_axes(stats: Any, w: Any) -> Axes | None:
+def seen_axes(stats: Any, w: Any) -> Axes | None:
     """Returns the roles of axes that statistics say, or raises if those are of another tensor."""
     axes: Axes | None = getattr(stats, "axes", None)
     if axes is not None and hasattr(w, "ndim"):

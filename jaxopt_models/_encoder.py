@@ -100,6 +100,22 @@ class Encoder(Brief):
         """Returns what encodes the values of a parameter, and what goes around them."""
         return (None, (self,)) if self.around else (self, ())
 
+    def slices(self, shape: tuple[int, ...], axes: Axes) -> int | None:
+        """Returns in slices of how many entries along the first axis a tensor can be encoded.
+
+        Slices of any multiple of that number, encoded one by one, give the codes of the whole
+        tensor, bit for bit; what belongs to runs goes side by side.
+
+        Args:
+          shape: of the tensor, stack axes included.
+          axes: resolved roles of its axes.
+
+        Returns:
+          The number; that of all entries where only the whole tensor can be encoded, but in one
+          program without statistics or key; ``None`` where neither is known.
+        """
+        return None
+
     def missing(self, w: Any, stats: Any) -> list[str]:
         """Returns the names of needed statistics that are not there; a trained leaf needs none."""
         if holds_latent(w):

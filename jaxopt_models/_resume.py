@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._spread import on_host, together
+
 
 class Checkpoints:
     """One Orbax checkpoint manager for each stage of a run, below one folder.
@@ -30,6 +32,15 @@ class Checkpoints:
         self.managers: dict[str, Any] = {}
         if self.folder is None:
             return
+        error = None
+        if jax.process_index() == 0:
+            try:
+                claim(self.folder, identity, "checkpoint")
+            except ValueError as e:  # which the others find themselves
+                error = e
+        together("checkpoint")
+        if error is not None:
+            raise error
         claim(self.folder, identity, "checkpoint")
 
     def __enter__(self) -> Checkpoints:
@@ -74,7 +85,12 @@ class Checkpoints:
         return self.managers[stage]
 
 
-def claim(folder: pathlib.Path, identity: dict[str, str], option: str) -> None:
+def claim(
+    folder: pathlib.Path,
+    identity: dict[str, str],
+    option: str,
+    fix: str = "Give another folder, or remove this one to start anew",
+) -> None:
     """Makes a folder that of a run, or raises a `ValueError` if it is that of another."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "run.json"
@@ -85,10 +101,7 @@ def claim(folder: pathlib.Path, identity: dict[str, str], option: str) -> None:
     differ = [k for k in identity if found.get(k) != identity[k]]
     if differ:
         lines = [f"\n  {k}: {found.get(k)} there, {identity[k]} here" for k in differ]
-        raise ValueError(
-            f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n"
-            "Give another folder, or remove this one to start anew"
-        )
+        raise ValueError(f"{option}={str(folder)!r} is of another run:{''.join(lines)}\n{fix}")
 
 
 def digest(tree: Any) -> str:
@@ -96,7 +109,7 @@ def digest(tree: Any) -> str:
     crc = 0
     for x in jax.tree.leaves(tree):
         x = _plain(x) if isinstance(x, jax.Array) else x
-        crc = zlib.crc32(np.ascontiguousarray(x).tobytes(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(on_host(x)).tobytes(), crc)
     return f"{crc:08x}"
 
 

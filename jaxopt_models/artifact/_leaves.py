@@ -30,9 +30,9 @@ from ._describe import (
     statics_of,
 )
 from ._errors import ArtifactError
-from ._masks import decode_mask, encode_mask
+from ._masks import MaskLayout, decode_mask, encode_mask
 from ._packing import pack_codes, pack_mask, to_jax, unpack_codes, unpack_mask
-from ._symbols import decode, encode
+from ._symbols import Coder, decode, encode
 
 
 class SectionWriter:
@@ -40,11 +40,12 @@ class SectionWriter:
 
     Args:
       dense: type in which `float32` arrays, and values under a mask, are stored.
+      coding: whether codes and masks are entropy-coded; else they take the width they have.
     """
 
-    def __init__(self, dense: str | None = None) -> None:
+    def __init__(self, dense: str | None = None, *, coding: bool = True) -> None:
         self.chunks: list[bytes | memoryview] = []
-        self.dense = dense
+        self.dense, self.coding = dense, coding
 
     def tensor(self, x: Any) -> list[Any]:
         """Writes a whole tensor and returns its description."""
@@ -102,7 +103,7 @@ class SectionWriter:
         if name not in RAW:
             raise TypeError(f"a file cannot hold arrays of {name}")
         if dense is not None and name == "float32":
-            x = _narrow(x, dense)
+            x = narrow(x, dense)
         stored = x.dtype.name
         x = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
         self.chunks.append(memoryview(x.view(np.uint8)))
@@ -111,13 +112,18 @@ class SectionWriter:
     def _symbols(self, codes: np.ndarray, bits: int, signed: bool) -> list[int]:
         """Codes bytes, of which the lowest ``bits`` bits are looked at."""
         mask = np.uint8((1 << bits) - 1)
-        symbols = (codes ^ np.uint8(1 << bits - 1) if signed else codes) & mask
-        s = encode(symbols, 1 << bits)
+        return self.stream((codes ^ np.uint8(1 << bits - 1) if signed else codes) & mask, bits)
+
+    def stream(self, symbols: np.ndarray, bits: int) -> list[int]:
+        """Writes symbols, codes from their least value on, and returns coder and lengths."""
+        plain = (Coder.PLAIN,) if symbols.size else (Coder.CONSTANT,)
+        s = encode(symbols, 1 << bits, coders=tuple(Coder) if self.coding else plain)
         self.chunks += [s.table, s.payload]
         return [int(s.coder), len(s.table), len(s.payload)]
 
     def _mask(self, keep: np.ndarray, x: Encoded) -> list[Any]:
-        m = encode_mask(keep)
+        plain = (MaskLayout.CONSTANT, MaskLayout.BITMAP)
+        m = encode_mask(keep, layouts=tuple(MaskLayout) if self.coding else plain)
         self.chunks += [m.table, m.payload]
         return [MASK, list(x.stack), int(m.layout), len(m.table), len(m.payload)]
 
@@ -227,7 +233,8 @@ class SectionReader:
         return self.data[self.at - n : self.at]
 
 
-def _narrow(x: np.ndarray, dense: str) -> np.ndarray:
+def narrow(x: np.ndarray, dense: str) -> np.ndarray:
+    """Returns an array in a type of 16 bits, or raises if that cannot hold it."""
     with np.errstate(all="ignore"):
         narrow = x.astype(np.dtype(dense))
     if not np.array_equal(np.isfinite(narrow), np.isfinite(x)):

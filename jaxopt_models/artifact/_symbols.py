@@ -91,7 +91,7 @@ def encode(
             f"symbols must be in [0, {alphabet}), got {values.min()} to {values.max()}"
         )
     values = values.astype(np.uint8 if alphabet <= 256 else np.uint16, copy=False)
-    counts = _count(values)
+    counts = _count(values) if set(coders) != {Coder.PLAIN} else np.zeros(0, np.int64)
     found: list[Stream] = []
     present = int(np.count_nonzero(counts))
     if Coder.CONSTANT in coders and present < 2:
@@ -110,8 +110,8 @@ def encode(
             found.append(Stream(Coder.PLAIN, b"", _pack(values, width)))
     if not found:
         raise ValueError(
-            f"none of {[c.name for c in coders]} can code {count} symbols with {present} "
-            "different values; allow more coders"
+            f"none of {[c.name for c in coders]} can code these {count} symbols of an alphabet of "
+            f"{alphabet}; allow more coders"
         )
     return min(found, key=lambda s: (s.nbytes, s.coder))
 
@@ -202,9 +202,21 @@ def _pack(values: np.ndarray, width: int) -> bytes:
         return values.astype(np.uint8).tobytes()
     out = []
     for start in range(0, len(values), _CHUNK):
+        if width in (1, 2, 4) and values.dtype == np.uint8:
+            out.append(_pack_narrow(values[start : start + _CHUNK], width).tobytes())
+            continue
         wide = values[start : start + _CHUNK].astype(">u2").view(np.uint8).reshape(-1, 2)
         out.append(np.packbits(np.unpackbits(wide, axis=1)[:, 16 - width :]).tobytes())
     return b"".join(out)
+
+
+def _pack_narrow(values: np.ndarray, width: int) -> np.ndarray:
+    """Packs widths that divide a byte: neighbours are joined until they fill one."""
+    values = np.pad(values, (0, -len(values) % (8 // width)))
+    while width < 8:
+        values = values[0::2] << np.uint8(width) | values[1::2]
+        width *= 2
+    return values
 
 
 def _unpack(payload: bytes, width: int, count: int) -> np.ndarray:

@@ -99,27 +99,14 @@ class Writer:
         """
         file = self._open()
         try:
-            check_plain(meta)
-            plain = msgpack.packb([meta, self._sections])
-            if len(plain) > MOST_INDEX:
-                raise ValueError(f"the index has {len(plain)} bytes, at most {MOST_INDEX} fit")
-            index = _deflate(plain, 9)
-            if len(plain) > most_inflated(len(index)):
-                index = _deflate(plain, 0)
-            file.write(index)
-            file.write(TRAILER.pack(len(index), zlib.crc32(index, zlib.crc32(MAGIC))))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
+            size = finish(file, meta, self._sections)
             file.close()
-            if os.path.exists(self._path):
-                os.chmod(self._temporary, os.stat(self._path).st_mode & 0o7777)
-            os.replace(self._temporary, self._path)
+            put(self._temporary, self._path)
         except BaseException:
             self._abandon()
             raise
         self._file = None
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         return size
 
     def __enter__(self) -> Writer:
@@ -152,12 +139,40 @@ class Writer:
                 os.unlink(self._temporary)
 
 
+def finish(file: io.BufferedWriter, meta: Any, sections: list[tuple[int, bytes, list[Any]]]) -> int:
+    """Writes the index behind the sections, makes sure that all is on disk, and returns the size.
+
+    Raises:
+      TypeError: if ``meta`` holds types that a file cannot.
+      ValueError: if the index is larger than 64 MiB.
+    """
+    check_plain(meta)
+    plain = msgpack.packb([meta, sections])
+    if len(plain) > MOST_INDEX:
+        raise ValueError(f"the index has {len(plain)} bytes, at most {MOST_INDEX} fit")
+    index = _deflate(plain, 9)
+    if len(plain) > most_inflated(len(index)):
+        index = _deflate(plain, 0)
+    file.write(index)
+    file.write(TRAILER.pack(len(index), zlib.crc32(index, zlib.crc32(MAGIC))))
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
+
+
+def put(temporary: str, path: str) -> None:
+    """Puts a complete file in the place of another, whose permissions it takes over."""
+    if os.path.exists(path):
+        os.chmod(temporary, os.stat(path).st_mode & 0o7777)
+    os.replace(temporary, path)
+
+
 def _deflate(data: bytes, level: int) -> bytes:
     deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
     return deflate.compress(data) + deflate.flush()
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     # Only where folders can be opened is the new name of the file theirs to lose.
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

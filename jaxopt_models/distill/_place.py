@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .._spread import spread
 from ._state import State
 
 
@@ -52,12 +53,16 @@ class Place:
             sharding, spec = getattr(x, "sharding", None), PartitionSpec()
             if isinstance(sharding, NamedSharding) and _same(sharding.mesh, self.mesh):
                 spec = sharding.spec
-            return jax.device_put(x, NamedSharding(self.mesh, spec))
+            return spread(x, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(put, state)
 
     def batch(self, batch: Any) -> Any:
         """Returns a batch divided over the axis.
+
+        Where the devices are those of several processes, every process gives the same batch, whole,
+        and sends its part to its devices; or arrays that are divided over all of them already, as
+        `jax.make_array_from_process_local_data` makes them.
 
         Raises:
           ValueError: if the number of examples does not divide.
@@ -74,7 +79,7 @@ class Place:
                     f"do not divide over the {size} devices of axis {self.axis!r}"
                 )
             spec = PartitionSpec(self.axis) if shape else PartitionSpec()
-            return jax.device_put(x, NamedSharding(self.mesh, spec))
+            return spread(x, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(put, batch)
 

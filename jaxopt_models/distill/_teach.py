@@ -45,7 +45,8 @@ def teacher_student(
       optimizer: any optax transformation; it gets the loss as ``value=`` (those that call the
         loss again, such as `optax.lbfgs`, cannot be used).
       heads_optimizer: another one for heads; default: the same.
-      mesh: devices over which batches are divided.
+      mesh: devices over which batches are divided; those of several processes, too, which then
+        all give the same batch, or each its part of a global array.
       axis: the axis of the mesh that divides them.
 
     Returns:

@@ -12,6 +12,9 @@ from ._data import DataState as DataState
 from ._estimate import estimate as estimate
 from ._fsdp import fsdp as fsdp
 from ._gathered import gathered as gathered
+from ._hosts import agree as agree
+from ._hosts import guard as guard
+from ._hosts import start as start
 from ._knowledge import teacher_student as teacher_student
 from ._knowledge import teachers as teachers
 from ._layouts import Layout as Layout
@@ -36,6 +39,7 @@ from ._shard import shardings as shardings
 from ._shard import spec_of as spec_of
 from ._steps import ApartState as ApartState
 from ._steps import Training as Training
+from ._stream import compress_checkpoint as compress_checkpoint
 from ._tensor import tensor as tensor
 from ._timetable import Phase as Phase
 from ._timetable import Timetable as Timetable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ from .._encoded import Encoded
 from .._encoder import Encoder
 from .._options import whole
 from ._grid import Grid, positive, power_of_two
-from ._observers import MinMax, Observer
+from ._observers import AbsMax, MinMax, Observer
 from ._rows import by_column, check_stats
 
 _SCALES = ("float32", "bfloat16", "float16", "power_of_two")
@@ -185,6 +186,27 @@ class Format(Encoder):
         grid = self.fit(x, self.weights(stats, keep, m, axes))
         codes = self.codes(x, jax.tree.map(lambda a: a[:, None, :], grid))
         return self.pack(codes.reshape(m.rows, m.columns), grid, m, w.dtype)
+
+    def slices(self, shape: tuple[int, ...], axes: Axes) -> int | None:
+        """Returns in what slices a tensor can be encoded: whole runs, ranges without sums."""
+        cls, observer = type(self), type(self.observer)
+        own = (cls.run, cls.encode, cls.fit, cls.fit_runs)
+        if own != (Format.run, Format.encode, Format.fit, Format.fit_runs):
+            return None
+        if observer.range not in (Observer.range, AbsMax.range):
+            return None
+        if isinstance(self.scale, Format):
+            return None
+        if axes.stack:
+            return 1
+        m = Matrix(shape, axes.out or ())
+        if self.per == "tensor" or len(shape) < 2:
+            return shape[0] if shape else None
+        if 0 in m.out:
+            return self.block if m.out == (0,) else 1
+        if self.group is None:
+            return shape[0]
+        return self.group // math.gcd(self.group, m.rows // shape[0])
 
     def leaf(
         self, codes: jax.Array, scale: jax.Array, m: Matrix, dtype: Any, *, bits: int, signed: bool

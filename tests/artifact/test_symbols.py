@@ -278,3 +278,14 @@ def test_bytes_never_change(coder, size, checksum):
     i = np.arange(1000)
     stream = encode(np.minimum(i * i % 1009 % 37 * (i % 3), 31), 32, coders=(coder,))
     assert (stream.nbytes, zlib.crc32(stream.table + stream.payload)) == (size, checksum)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [1, 7, 70_001])
+def test_plain_alone(width, count):
+    symbols = np.random.default_rng(count).integers(0, 1 << width, count, np.uint8)
+    stream = encode(symbols, 1 << width, coders=(Coder.PLAIN,))
+    bits = (symbols[:, None] >> np.arange(width)[::-1]) & 1
+    assert stream.payload == np.packbits(bits.reshape(-1)).tobytes() and not stream.table
+    again = decode(stream.coder, stream.table, stream.payload, count, 1 << width)
+    np.testing.assert_array_equal(again, symbols)
