@@ -1,14 +1,14 @@
 """Parallel execution: compressed trees on meshes, data, model, pipeline and knowledge."""
 
 from ._ahead import ahead as ahead
-from ._apart import apart as apart
 from ._apart import Apart as Apart
+from ._apart import apart as apart
 from ._codecs import Int8 as Int8
 from ._codecs import TopK as TopK
 from ._constrain import constrain as constrain
-from ._data import data_parallel as data_parallel
 from ._data import DataParallel as DataParallel
 from ._data import DataState as DataState
+from ._data import data_parallel as data_parallel
 from ._estimate import estimate as estimate
 from ._fsdp import fsdp as fsdp
 from ._gathered import gathered as gathered
@@ -22,8 +22,8 @@ from ._loops import ticks as ticks
 from ._outputs import mean as mean
 from ._outputs import vote as vote
 from ._outputs import weighted as weighted
-from ._peers import mutual as mutual
 from ._peers import PeersState as PeersState
+from ._peers import mutual as mutual
 from ._pipeline import Pipeline as Pipeline
 from ._pipeline import pipeline as pipeline
 from ._plan import Estimate as Estimate
@@ -31,8 +31,8 @@ from ._plan import Plan as Plan
 from ._program import Collective as Collective
 from ._program import collectives as collectives
 from ._program import collectives_table as collectives_table
-from ._reduce import all_reduce as all_reduce
 from ._reduce import ReduceState as ReduceState
+from ._reduce import all_reduce as all_reduce
 from ._rules import Rules as Rules
 from ._shard import shard as shard
 from ._shard import shardings as shardings
@@ -44,7 +44,7 @@ from ._tensor import tensor as tensor
 from ._timetable import Phase as Phase
 from ._timetable import Timetable as Timetable
 from ._topology import Chip as Chip
-from ._topology import chips as chips
 from ._topology import Topology as Topology
+from ._topology import chips as chips
 from ._topology import topology as topology
 from ._towers import towers as towers

@@ -14,7 +14,6 @@ from .._paths import Parameter, box_types, flatten, open_box
 
 #: Pairs of a regular expression on whole paths and how the tensors it matches are divided.
 Rules = Sequence[tuple[str, PartitionSpec]]
-_EVERYTHING = ".*"
 _FORMS = (
     "give pairs such as ('.*/kernel', PartitionSpec(None, 'model')), one PartitionSpec for all, a "
     "tree of specs or shardings with the paths of the parameters, a dict from flax's names of axes "
@@ -64,22 +63,12 @@ def _matched(arrays: Sequence[Parameter], rules: Rules, who: str) -> dict[str, P
             compiled.append((re.compile(path), spec))
         except re.error as e:
             raise ValueError(f"{who}: rule {i} ({path!r}) is no regular expression: {e}") from e
-    found, used, undecided = {}, set(), []
+    found, used = {}, set()
     for p in arrays:
         hit = next((i for i, (r, _) in enumerate(compiled) if r.fullmatch(p.path)), None)
-        if hit is not None:
-            used.add(hit)
-            found[p.path] = compiled[hit][1]
-        elif p.reason:
-            found[p.path] = PartitionSpec()  # no parameter: a count, a key
-        else:
-            undecided.append(p.path)
-    if undecided:
-        raise ValueError(
-            f"{who}: no rule says how to divide {', '.join(undecided)}; end the rules with "
-            f"({_EVERYTHING!r}, PartitionSpec()) to leave the rest whole"
-        )
-    idle = [r[0] for i, r in enumerate(rules) if i not in used and r[0] != _EVERYTHING]
+        used.add(hit)
+        found[p.path] = PartitionSpec() if hit is None else compiled[hit][1]
+    idle = [r for i, (r, spec) in enumerate(rules) if i not in used and any(spec)]
     if idle:
         raise ValueError(
             f"{who}: the rules {idle} divide nothing: no path matches, or earlier rules took what "

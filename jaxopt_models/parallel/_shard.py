@@ -27,10 +27,10 @@ def shardings(tree: Any, mesh: Mesh, rules: Any) -> Any:
         state. Compressed parameters keep the paths of the dense ones, and so the rules.
       mesh: the devices, with axes of any kind.
       rules: how the *dense* tensors are divided: pairs ``(regular expression on the whole path,
-        PartitionSpec)``, of which the first match decides; one ``PartitionSpec`` for all; a tree of
-        specs or shardings with the same paths; a dict from flax's logical names of axes to mesh
-        axes; or ``None``, where flax's names are mesh axes. Parameters must all be decided.
-        Anything else, a count or a key, is on every device unless a rule names it.
+        PartitionSpec)``, of which the first match decides (:func:`tensor`, :func:`fsdp` make such
+        rules); one ``PartitionSpec`` for all; a tree of specs or shardings with the same paths; a
+        dict from flax's logical names of axes to mesh axes; or ``None``, where flax's names are
+        mesh axes. What nothing names is on every device.
 
     Returns:
       A tree of the structure of ``tree`` with a ``NamedSharding`` for each array, for instance
@@ -38,8 +38,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Any) -> Any:
 
     Raises:
       TypeError: for rules that are none.
-      ValueError: if a parameter is not decided, a rule decides nothing, or a tensor, a group or a
-        packed word does not divide; names the path and what would help.
+      ValueError: if a rule divides nothing, or a tensor, a group or a packed word does not divide;
+        names the path and what would help.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxopt_models as jom
