@@ -100,7 +100,8 @@ def test_derivatives_flow_to_floats_and_arguments():
 
     want, want_x = jax.jit(jax.grad(plain, argnums=(0, 1)))([t for t, _ in halves], x)
     found = grads.members()
-    assert gap(found[:2], want[:2]) < 1e-5 and gap(by_x, want_x) < 1e-5
+    # Sums of large terms of both signs.
+    assert gap(found[:2], want[:2]) < 1e-4 and gap(by_x, want_x) < 1e-4
     assert gap(found[2], want[2]) < 1e-2  # of bfloat16
 
 
