@@ -166,7 +166,7 @@ def rows(*, quick: bool) -> list[Row]:
     return [
         Row(f"{what}: speed beside plain reading and writing", median(against["plain"]), ">= 0.5",
             against["plain"], wrote),
-        Row(f"{what}: beside reading as it does, past the system's memory", median(against["direct"]), "",
+        Row(f"{what}: beside reading as it does", median(against["direct"]), "",
             against["direct"], wrote),
         Row(f"{what}: seconds", median(seconds), "", tuple(seconds)),
         Row(f"{what}: seconds of plain reading and writing", median(found["plain"]), "",
