@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-_LOOP = re.compile(r"\bwhile\([^\n]*\bbody=%?([\w.\-]+)[^\n]*")
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
-_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+from ._program import as_module
 
 
 def ticks(program: Any) -> list[int]:
@@ -25,7 +20,7 @@ def ticks(program: Any) -> list[int]:
       Numbers of ticks, in the order in which the program has the loops.
 
     Raises:
-      ValueError: if the compiler does not say how often such a loop runs.
+      ValueError: if the compiler does not say how often such a loop runs, or it is no program.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -33,18 +28,15 @@ def ticks(program: Any) -> list[int]:
       >>> parallel.ticks(jax.jit(jnp.sin).lower(jnp.ones(3)).compile())
       []
     """
-    text = program if isinstance(program, str) else program.as_text()
-    bodies = dict(_COMPUTATION.findall(text))
-    found = []
-    for loop in _LOOP.finditer(text):
-        if " collective-permute" not in bodies.get(loop[1], ""):
-            continue
-        trips = _TRIPS.search(loop[0])
-        # A TPU's compiler does not say; JAX's loops count from zero to the one bound they have.
-        condition = _CONDITION.search(loop[0])
-        test = bodies.get(condition[1], "") if condition else ""
-        bounds = [trips[1]] if trips else _BOUND.findall(test) if "direction=LT" in test else []
-        if len(bounds) != 1:
-            raise ValueError(f"ticks: the program does not say how often {loop[1]} runs")
-        found.append(int(bounds[0]))
+    module, found = as_module(program), []
+    for computation in module.computations.values():
+        for loop in computation.values():
+            body = dict(module.called(loop)).get("body") if loop.kind == "while" else None
+            inside = module.computations.get(body, {}).values()
+            if not any(one.kind.startswith("collective-permute") for one in inside):
+                continue
+            times = module.passes(loop, computation)
+            if times is None:
+                raise ValueError(f"ticks: the program does not say how often {loop.name} runs")
+            found.append(times)
     return found

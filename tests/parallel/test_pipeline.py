@@ -263,18 +263,30 @@ def test_what_is_wrong_is_named():
 def test_ticks_are_read_where_the_compiler_only_gives_a_bound():
     text = """HloModule pipeline
 %body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4]{0} get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
   %sent = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
+  ROOT %both = (s32[], f32[4]{0}) tuple(%next, %sent)
 }
 
 %test.1 (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
   %bound = s32[]{:T(128)} constant(11)
   ROOT %less = pred[] compare(%i, %bound), direction=LT
 }
 
-ENTRY %main (p: f32[4]) -> f32[4] {
-  %loop = (s32[], f32[4]) while(%start), condition=%test.1, body=%body.1
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4]{0}) tuple(%zero, %x)
+  %loop = (s32[], f32[4]{0}) while(%start), condition=%test.1, body=%body.1
+  ROOT %end = f32[4]{0} get-tuple-element(%loop), index=1
 }
 """
     assert parallel.ticks(text) == [11]
-    with pytest.raises(ValueError, match=r"how often body\.1 runs"):
-        parallel.ticks(text.replace("constant(11)", "parameter(0)"))
+    with pytest.raises(ValueError, match="how often loop runs"):
+        parallel.ticks(text.replace("constant(11)", "parameter(1)"))
