@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,14 +42,22 @@ def names_of(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def counts_of(spec: PartitionSpec, ndim: int, mesh: Any) -> list[int]:
-    """Returns into how many shards a partition divides each axis."""
-    return [math.prod(mesh.shape[n] for n in names_of(e)) for e in full_spec(spec, ndim)]
+def without(entry: Any, names: Sequence[str]) -> Any:
+    """Returns one entry of a partition without some mesh axes."""
+    left = tuple(n for n in names_of(entry) if n not in names)
+    return left if len(left) > 1 else left[0] if left else None
 
 
-def shard_shape(shape: Sequence[int], spec: PartitionSpec, mesh: Any) -> tuple[int, ...]:
+def counts_of(spec: PartitionSpec, ndim: int, sizes: Mapping[str, int]) -> list[int]:
+    """Returns into how many shards a partition divides each axis; of an unknown mesh axis one."""
+    return [math.prod(sizes.get(n, 1) for n in names_of(e)) for e in full_spec(spec, ndim)]
+
+
+def shard_shape(
+    shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int]
+) -> tuple[int, ...]:
     """Returns the shape of one shard; every axis must divide."""
-    return tuple(n // c for n, c in zip(shape, counts_of(spec, len(shape), mesh), strict=True))
+    return tuple(n // c for n, c in zip(shape, counts_of(spec, len(shape), sizes), strict=True))
 
 
 def on_one_axis(spec: PartitionSpec, stack: int, axis: int) -> PartitionSpec:
@@ -113,10 +121,11 @@ def encode_divided(
 def _specs(leaf: Encoded, spec: PartitionSpec, mesh: Any) -> list[Encoded]:
     """Returns the partitions of the parts in a list; an empty one if there are none."""
     if any(
-        n % count for n, count in zip(leaf.shape, counts_of(spec, leaf.ndim, mesh), strict=True)
+        n % count
+        for n, count in zip(leaf.shape, counts_of(spec, leaf.ndim, mesh.shape), strict=True)
     ):
         return []
-    specs = leaf.specs(spec, shard_shape(leaf.shape, spec, mesh))
+    specs = leaf.specs(spec, shard_shape(leaf.shape, spec, mesh.shape))
     return [] if specs is None else [specs]
 
 
@@ -151,7 +160,7 @@ def specs_of(leaf: Encoded, spec: PartitionSpec, mesh: Any) -> Encoded:
     Raises:
       ValueError: if shards split a group or a packed word; says which axes cannot be divided.
     """
-    specs = leaf.specs(spec, shard_shape(leaf.shape, spec, mesh))
+    specs = leaf.specs(spec, shard_shape(leaf.shape, spec, mesh.shape))
     if specs is not None:
         return specs
     entries = full_spec(spec, leaf.ndim)
@@ -159,9 +168,9 @@ def specs_of(leaf: Encoded, spec: PartitionSpec, mesh: Any) -> Encoded:
     for axis, entry in enumerate(entries):
         if entry is not None:
             one = PartitionSpec(*(entry if a == axis else None for a in range(leaf.ndim)))
-            alone[axis] = leaf.specs(one, shard_shape(leaf.shape, one, mesh)) is not None
+            alone[axis] = leaf.specs(one, shard_shape(leaf.shape, one, mesh.shape)) is not None
     wrong = [a for a, fine in alone.items() if not fine] or list(alone)
-    local = shard_shape(leaf.shape, spec, mesh)
+    local = shard_shape(leaf.shape, spec, mesh.shape)
     what = ", ".join(f"axis {a} of {leaf.shape[a]} in shards of {local[a]}" for a in wrong)
     raise ValueError(
         f"{leaf.kind()} of shape {list(leaf.shape)} cannot be divided as {spec}: {what} would "

@@ -12,8 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._divided import counts_of, names_of
 from .._paths import Parameter, box_types, flatten, open_box
 
-#: Pairs of a regular expression on whole paths and how the tensors it matches are divided.
-Rules = Sequence[tuple[str, PartitionSpec]]
 _FORMS = (
     "give pairs such as ('.*/kernel', PartitionSpec(None, 'model')), one PartitionSpec for all, a "
     "tree of specs or shardings with the paths of the parameters, a dict from flax's names of axes "
@@ -33,7 +31,7 @@ def dense_specs(tree: Any, mesh: Any, rules: Any, *, who: str) -> dict[str, Part
     else:
         found = _from_tree(rules, arrays, who)
     for p in arrays:
-        _check(p, found[p.path], mesh, who)
+        check_spec(f"{who}: {p.path}", tuple(p.value.shape), found[p.path], mesh)
     return found
 
 
@@ -54,7 +52,9 @@ def _are_pairs(rules: Any) -> bool:
     )
 
 
-def _matched(arrays: Sequence[Parameter], rules: Rules, who: str) -> dict[str, PartitionSpec]:
+def _matched(
+    arrays: Sequence[Parameter], rules: Sequence[Any], who: str
+) -> dict[str, PartitionSpec]:
     compiled = []
     for i, (path, spec) in enumerate(rules):
         if not isinstance(spec, PartitionSpec):
@@ -120,21 +120,20 @@ def _from_tree(tree: Any, arrays: Sequence[Parameter], who: str) -> dict[str, Pa
     return {p.path: given.get(p.path, PartitionSpec()) for p in arrays}
 
 
-def _check(p: Parameter, spec: PartitionSpec, mesh: Any, who: str) -> None:
-    shape = tuple(p.value.shape)
-    if len(spec) > len(shape):
-        raise ValueError(f"{who}: {p.path} of shape {shape} has fewer axes than {spec}")
+def check_spec(where: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> None:
+    """Raises a `ValueError` unless an array of this shape can be divided so."""
+    if not isinstance(spec, PartitionSpec) or len(spec) > len(shape):
+        raise ValueError(f"{where} of shape {shape} has fewer axes than {spec!r}")
     used = [n for entry in spec for n in names_of(entry)]
     if unknown := [n for n in used if n not in mesh.shape]:
-        raise ValueError(
-            f"{who}: {p.path}: {spec} names {unknown}; the mesh has {dict(mesh.shape)}"
-        )
+        raise ValueError(f"{where}: {spec} names {unknown}; the mesh has {dict(mesh.shape)}")
     if len(set(used)) < len(used):
-        raise ValueError(f"{who}: {p.path}: {spec} names a mesh axis twice")
-    for axis, (n, count) in enumerate(zip(shape, counts_of(spec, len(shape), mesh), strict=True)):
+        raise ValueError(f"{where}: {spec} names a mesh axis twice")
+    counts = counts_of(spec, len(shape), mesh.shape)
+    for axis, (n, count) in enumerate(zip(shape, counts, strict=True)):
         if n % count:
             raise ValueError(
-                f"{who}: {p.path} of shape {shape}: axis {axis} of {n} does not divide over the "
-                f"{count} devices of {spec[axis]!r}; divide another axis, pad it to "
+                f"{where} of shape {shape}: axis {axis} of {n} does not divide over the {count} "
+                f"devices of {spec[axis]!r}; divide another axis, pad it to "
                 f"{-(-n // count) * count}, or leave it whole"
             )

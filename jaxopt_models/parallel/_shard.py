@@ -50,10 +50,11 @@ def shardings(tree: Any, mesh: Mesh, rules: Any) -> Any:
       >>> tuple(found.codes.spec), tuple(found.scale.spec)
       ((None, 'model'), ('model', None))
     """
-    return _shardings(tree, mesh, rules, "shardings")
+    return shardings_of(tree, mesh, rules, "shardings")
 
 
-def _shardings(tree: Any, mesh: Mesh, rules: Any, who: str) -> Any:
+def shardings_of(tree: Any, mesh: Mesh, rules: Any, who: str) -> Any:
+    """Returns :func:`shardings`; errors begin with ``who``."""
     if not hasattr(mesh, "axis_names"):
         raise TypeError(
             f"{who}: mesh is {type(mesh).__name__}; give a Mesh, such as "
@@ -102,7 +103,7 @@ def shard(tree: Any, mesh: Mesh, rules: Any) -> Any:
       >>> tuple(small["kernel"].codes.sharding.spec)[0]
       'data'
     """
-    return jax.device_put(tree, _shardings(tree, mesh, rules, "shard"))
+    return jax.device_put(tree, shardings_of(tree, mesh, rules, "shard"))
 
 
 def spec_of(x: Any) -> PartitionSpec:
@@ -160,7 +161,7 @@ def _parts_of(x: Encoded, spec: PartitionSpec, mesh: Any) -> list[list[Any]] | N
     used = [n for e in spec for n in names_of(e)]
     if len(set(used)) < len(used):
         return None
-    specs = x.specs(spec, shard_shape(x.shape, spec, mesh))
+    specs = x.specs(spec, shard_shape(x.shape, spec, mesh.shape))
     if specs is None:
         return None
     pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(x), strict=True)
