@@ -42,6 +42,11 @@ def names_of(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
+def mesh_axes(spec: PartitionSpec) -> set[str]:
+    """Returns all mesh axes that a partition names."""
+    return {n for entry in spec for n in names_of(entry)}
+
+
 def without(entry: Any, names: Sequence[str]) -> Any:
     """Returns one entry of a partition without some mesh axes."""
     left = tuple(n for n in names_of(entry) if n not in names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
+from .._divided import counts_of, full_spec, mesh_axes, names_of, shard_shape
 from .._encoded import is_encoded
 from .._options import whole
 from .._paths import flatten
@@ -69,13 +71,13 @@ def fsdp(
         x = p.value
         if not (is_encoded(x) or hasattr(x, "dtype")):
             continue
-        given = full(spec_of(rules, p.path), len(x.shape))
-        if axis in names_of(given):
+        given = PartitionSpec(*full_spec(spec_for(rules, p.path), len(x.shape)))
+        if axis in mesh_axes(given):
             raise ValueError(f"fsdp: rules divide {p.path} along {axis!r} already: {given}")
         spec, note = _divided(x, given, axis, counts, smallest)
         specs[p.path] = spec
         stored = bytes_of(x)
-        mine = stored // parts_of(spec, counts)
+        mine = stored // math.prod(counts_of(spec, len(spec), counts))
         total, each = total + stored, each + mine
         shown = str(tuple(spec)) if any(spec) else ""
         rows.append((p.path, str(list(x.shape)), shown, stored, mine, note))
@@ -101,7 +103,7 @@ def _divided(
     order = [d for group in (late, early, both) for d in sorted(group, key=lambda d: -shape[d])]
     whys = []
     for d in order:
-        names = () if given[d] is None else given[d] if isinstance(given[d], tuple) else (given[d],)
+        names = names_of(given[d])
         entry = (*names, axis) if names else axis
         spec = PartitionSpec(*given[:d], entry, *given[d + 1 :])
         why = why_not(x, spec, counts)
@@ -111,50 +113,18 @@ def _divided(
     return given, "; ".join(dict.fromkeys(whys)) or "it has no axis to divide"
 
 
-def spec_of(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
+def spec_for(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
     """Returns the partition of the first rule that matches a path; none divides nothing."""
     return next((s for r, s in rules if re.fullmatch(r, path)), PartitionSpec())
 
 
-def full(spec: PartitionSpec, ndim: int) -> PartitionSpec:
-    """Returns a partition with an entry for each axis."""
-    return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
-
-
-def names_of(spec: PartitionSpec) -> set[str]:
-    """Returns the mesh axes in a partition."""
-    return {n for e in spec if e is not None for n in (e if isinstance(e, tuple) else (e,))}
-
-
-def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
-    """Returns a partition without a mesh axis."""
-    entries = []
-    for e in spec:
-        left = tuple(n for n in (e if isinstance(e, tuple) else (e,)) if n not in (axis, None))
-        entries.append(left if len(left) > 1 else left[0] if left else None)
-    return PartitionSpec(*entries)
-
-
-def parts_of(spec: PartitionSpec, counts: dict[str, int]) -> int:
-    """Returns the number of parts of a partition; of axes of unknown size one."""
-    parts = 1
-    for name in names_of(spec):
-        parts *= counts.get(name, 1)
-    return parts
-
-
-def local_of(shape: Sequence[int], spec: PartitionSpec, counts: dict[str, int]) -> tuple[int, ...]:
-    """Returns the shape of one part."""
-    sizes = [parts_of(PartitionSpec(e), counts) for e in spec]
-    return tuple(n // k for n, k in zip(shape, sizes, strict=True))
-
-
-def why_not(x: Any, spec: PartitionSpec, counts: dict[str, int]) -> str:
+def why_not(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> str:
     """Says why a parameter cannot be divided so; empty if it can."""
-    for n, e in zip(x.shape, spec, strict=True):
-        if n % parts_of(PartitionSpec(e), counts):
-            return f"{n} does not divide by {parts_of(PartitionSpec(e), counts)}"
-    if is_encoded(x) and x.specs(spec, local_of(x.shape, spec, counts)) is None:
-        parts = parts_of(spec, counts)
+    counts = counts_of(spec, len(x.shape), sizes)
+    for n, count in zip(x.shape, counts, strict=True):
+        if n % count:
+            return f"{n} does not divide by {count}"
+    if is_encoded(x) and x.specs(spec, shard_shape(x.shape, spec, sizes)) is None:
+        parts = math.prod(counts)
         return f"{parts} parts would cut what its {x.kind()} stores together (groups, packed words)"
     return ""

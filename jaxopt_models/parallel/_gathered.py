@@ -15,13 +15,14 @@ from .._axes import Axes
 from .._bits import dtype_bits
 from .._call import check_function, finish, take_apart, trace
 from .._compress import encode
+from .._divided import full_spec, mesh_axes, shard_shape, without
 from .._encoded import Encoded, is_encoded, leaf, static
 from .._encoder import Encoder
 from .._paths import flatten
 from .._recipe import Rule, decide
 from .._tracked import Tracked, readers
 from .._walk import Walk
-from ._fsdp import full, local_of, names_of, spec_of, why_not, without
+from ._fsdp import spec_for, why_not
 from ._rules import on_auto
 
 
@@ -95,8 +96,8 @@ def gathered(
         program = trace(fn, frame, arrays, who="gathered", every=True, reached=False)
         spread = {}
         for d in decide(flatten(frame.restore(arrays)[0])[0], recipe, who="gathered"):
-            spec = spec_of(rules, d.parameter.path)
-            there = axis in names_of(spec) or d.encoder is not None
+            spec = spec_for(rules, d.parameter.path)
+            there = axis in mesh_axes(spec) or d.encoder is not None
             if there and hasattr(d.parameter.value, "dtype"):
                 spread[d.parameter.path] = _spread(d, spec, mesh, axis)
         operands = [
@@ -121,7 +122,7 @@ def gathered(
 
 def _spread(d: Any, spec: PartitionSpec, mesh: Mesh, axis: str) -> Encoded:
     path, x = d.parameter.path, d.parameter.value
-    spec = full(spec, len(x.shape))
+    spec = PartitionSpec(*full_spec(spec, len(x.shape)))
     encoder, axes = d.encoder, None
     if encoder is not None:
         if is_encoded(x):
@@ -213,7 +214,8 @@ class Spread(Encoded):
     def _moved(self, x: Any) -> Any:
         """Pins the parts as they are divided, then as they are used."""
         spec = PartitionSpec(*self.spec[len(self.spec) - len(x.shape) :])
-        here = _specs(x, spec, self.mesh), _specs(x, without(spec, self.axis), self.mesh)
+        left = PartitionSpec(*(without(entry, (self.axis,)) for entry in spec))
+        here = _specs(x, spec, self.mesh), _specs(x, left, self.mesh)
         move = functools.partial(_gather, mesh=self.mesh)
         return jax.tree.map(lambda *given: move(*given), x, *here)
 
@@ -222,17 +224,17 @@ def _specs(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
     """Returns a partition for each part."""
     if not is_encoded(x):
         return spec
-    found = x.specs(spec, local_of(x.shape, spec, dict(mesh.shape))) if names_of(spec) else None
+    found = x.specs(spec, shard_shape(x.shape, spec, mesh.shape)) if mesh_axes(spec) else None
     return jax.tree.map(lambda _: PartitionSpec(), x) if found is None else found
 
 
 def _gather(x: jax.Array, divided: PartitionSpec, whole: PartitionSpec, mesh: Mesh) -> jax.Array:
     counts = dict(mesh.shape)
-    divided = full(divided, x.ndim)
+    divided = PartitionSpec(*full_spec(divided, x.ndim))
     each = 8 // min(8, dtype_bits(x.dtype))
     # XLA widens what is smaller than a byte before it sends it.
     squeezed = each > 1 and x.ndim > 0
-    squeezed = squeezed and local_of(x.shape, divided, counts)[-1] % each == 0
+    squeezed = squeezed and shard_shape(x.shape, divided, counts)[-1] % each == 0
     shape, dtype = x.shape, x.dtype
     if squeezed:
         x = x.reshape(*shape[:-1], shape[-1] // each, each)

@@ -318,16 +318,18 @@ def test_a_topology_whose_compiler_is_taken(monkeypatch):
 
 BAD = {
     "has 8 devices, which axes {'data': 3} do not make up": {"layouts": {"axes": {"data": 3}}},
-    "axis 'model' is none of": {"layouts": {"axes": {"data": 8}, "rules": MEGATRON}},
-    "estimate: down: axis 1 of shape": {
+    "names ['model']; the mesh has {'data': 8}": {
+        "layouts": {"axes": {"data": 8}, "rules": MEGATRON}
+    },
+    "estimate: down of shape (128, 12): axis 1 of 12 does not divide over": {
         "layouts": {"rules": [("down", P(None, "data"))]},
         "narrow": 12,
     },
-    "argument 0 after params: axis 0 of shape [12, 64] does not divide by 8": {"rows": 12},
-    "no parameter for the rules ['side']": {"layouts": {"rules": [("side", P("data"))]}},
-    "is no PartitionSpec for shape [64]": {"layouts": {"rules": [("bias", P(None, "data"))]}},
+    "argument 0 after params of shape (12, 64): axis 0 of 12 does not divide": {"rows": 12},
+    "the rules ['side'] divide nothing": {"layouts": {"rules": [("side", P("data"))]}},
+    "bias of shape (64,) has fewer axes than": {"layouts": {"rules": [("bias", P(None, "data"))]}},
     "inputs has 2 specs for 1 arguments": {"layouts": {"inputs": (P(), P())}},
-    "would cut a group": {"layouts": {"rules": [("down", P("data"))]}, "group": 32},
+    "would split a group": {"layouts": {"rules": [("down", P("data"))]}, "group": 32},
     "nothing is known of devices of kind 'cpu'": {"chip": None},
     "chip='h200' is none of v5e, h100": {"chip": "h200"},
 }
