@@ -1,51 +1,31 @@
-"""Pipelines, and knowledge on devices of its own, on eight simulated devices of a CPU.
-
-``python -m benchmarks._parallel_pipeline [quick]`` prints a line of JSON for each row; JAX fixes
-the number of devices when it starts, so :func:`rows` runs it in a process of its own.
-"""
+"""Pipelines, and knowledge on devices of its own, on eight devices of this CPU."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import pathlib
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxopt_models as jom
+from jaxopt_models import data, distill, models, parallel, quant
+from jaxopt_models._bits import array_bits
 
 from ._rows import Row
 
 BATCH = 256
 CLASSES = 10
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-_BITS = {"f32": 32, "bf16": 16, "s32": 32, "u32": 32, "s8": 8, "u8": 8, "s4": 4, "u4": 4, "pred": 8}
 
 
 def rows(*, quick: bool) -> list[Row]:
-    """Measures everything in a child process with eight devices."""
-    root = pathlib.Path(__file__).parents[1]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks._parallel_pipeline", *(["quick"] if quick else [])],
-        cwd=root,
-        env=environment | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the process with eight devices failed:\n{done.stderr[-4000:]}")
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [Row(**row) for row in found]
+    """Compares pipelines and knowledge apart with one device, and reads their programs."""
+    return [*_pipelines(quick), *_knowledge(quick)]
 
 
 def _images(n: int) -> tuple[Any, Any]:
-    from jaxopt_models import data
-
     images = data.fashion_mnist_small()
     return data.normalize(images.train_images[:n]), images.train_labels[:n]
 
@@ -56,12 +36,6 @@ def _lenet() -> tuple[list[Any], list[Any]]:
     Smooth, as LeCun's was (means for pooling, tanh): beside a kink of `max` or ReLU the last bit
     of a sum decides on a derivative, and steps drift apart whatever computes them.
     """
-    import jax
-    import jax.numpy as jnp
-
-    import jaxopt_models as jom
-    from jaxopt_models import models, quant
-
     params = models.LeNet5().init(jax.random.key(0), jnp.zeros((1, 28, 28)))["params"]
     sides = ("NHWC", "HWIO", "NHWC")
 
@@ -85,26 +59,17 @@ def _lenet() -> tuple[list[Any], list[Any]]:
 
 
 def _cross_entropy(out: Any, labels: Any) -> Any:
-    from jaxopt_models import distill
-
     return distill.cross_entropy(out, labels)
 
 
 def _gap(a: Any, b: Any) -> float:
     """Returns the largest difference between two trees over the largest entry of each array."""
-    import jax
-    import numpy as np
-
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     arrays = [[np.asarray(v, np.float64) for v in pair] for pair in pairs]
     return max(float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)) for x, y in arrays)
 
 
 def _pipelines(quick: bool) -> list[Row]:
-    import jax
-    import optax
-
-    import jaxopt_models as jom
     from jaxopt_models import parallel
 
     stages, parts = _lenet()
@@ -153,10 +118,6 @@ def _pipelines(quick: bool) -> list[Row]:
 
 def _programs(stages: Sequence[Any], parts: Sequence[Any]) -> list[Row]:
     """Returns bubbles and memory of programs of 8 and 32 micro-batches of 32 images."""
-    import jax
-
-    from jaxopt_models import parallel
-
     mesh = jax.make_mesh((4,), ("stage",), devices=jax.devices()[:4])
     found, memory = [], {}
     for count in (8, 32):
@@ -182,8 +143,6 @@ def _programs(stages: Sequence[Any], parts: Sequence[Any]) -> list[Row]:
 
 
 def _mlp(params: Any, x: Any) -> Any:
-    import jax
-
     x = x.reshape(-1, 784)
     for i in range(len(params)):
         layer = params[f"layer{i}"]
@@ -192,9 +151,6 @@ def _mlp(params: Any, x: Any) -> Any:
 
 
 def _mlp_params(sizes: Sequence[int], seed: int) -> Any:
-    import jax
-    import jax.numpy as jnp
-
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     return {
         f"layer{i}": {"kernel": jax.random.normal(k, (a, b)) / a**0.5, "bias": jnp.zeros(b)}
@@ -203,12 +159,7 @@ def _mlp_params(sizes: Sequence[int], seed: int) -> Any:
 
 
 def _knowledge(quick: bool) -> list[Row]:
-    import jax
-    import numpy as np
-    import optax
-
-    import jaxopt_models as jom
-    from jaxopt_models import distill, parallel, quant
+    from jaxopt_models import distill, parallel
 
     loss = distill.classification(hard=0.1, soft=0.9, temperature=4.0)
     batch, steps = _images(128), 3 if quick else 20
@@ -225,9 +176,8 @@ def _knowledge(quick: bool) -> list[Row]:
     ends = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.student)]) for s in states]
     bits = [x.view(np.uint32) for x in ends]
     mixed = parallel.Apart.of([*teachers[:1], small, *teachers[2:]], mesh, axis="member")
-    text = apart.step.program.lower(states[1].moving(), states[1].teachers, batch).compile()
-    given = _given(text.as_text())
-    alone = _given(_alone(apart, states[1], batch))
+    program = apart.step.program.lower(states[1].moving(), states[1].teachers, batch).compile()
+    given, alone = _given(program), _given(_alone(states[1], batch))
     largest = max(_bytes(t) for t in teachers)
     claim = "four teachers on four devices, one student"
     name = "three mutual peers on three devices"
@@ -250,7 +200,7 @@ def _knowledge(quick: bool) -> list[Row]:
         ),
         Row(
             f"{claim}: bytes that travel a step besides logits",
-            sum(_moved(text.as_text())) - 4 * 128 * CLASSES * 4,
+            _moved(program) - 4 * 128 * CLASSES * 4,
             "<= 0",
         ),
         *_mutual(name, loss, batch, steps),
@@ -258,11 +208,6 @@ def _knowledge(quick: bool) -> list[Row]:
 
 
 def _mutual(name: str, loss: Any, batch: Any, steps: int) -> list[Row]:
-    import jax
-    import optax
-
-    from jaxopt_models import distill, parallel
-
     sizes = [(784, 300, 10), (784, 64, 10), (784, 200, 100, 10)]
     peers = [_mlp_params(s, i) for i, s in enumerate(sizes)]
     mesh = jax.make_mesh((3,), ("peer",), devices=jax.devices()[:3])
@@ -271,7 +216,7 @@ def _mutual(name: str, loss: Any, batch: Any, steps: int) -> list[Row]:
     states = [plain.init(peers), apart.init(peers)]
     for _ in range(steps):
         states = [s.step(state, batch)[0] for s, state in zip((plain, apart), states, strict=True)]
-    moved = _moved(apart.step.program.lower(states[1], batch).compile().as_text())
+    moved = _moved(apart.step.program.lower(states[1], batch).compile())
     logits = 3 * 128 * CLASSES * 4
     return [
         Row(
@@ -281,55 +226,31 @@ def _mutual(name: str, loss: Any, batch: Any, steps: int) -> list[Row]:
         ),
         Row(
             f"{name}: bytes that travel a step besides logits",
-            sum(moved) - logits,
+            moved - logits,
             "<= 0",
             note=f"{logits:,} bytes of logits; parameters are {sum(map(_bytes, peers)):,}",
         ),
     ]
 
 
-def _alone(apart: Any, state: Any, batch: Any) -> str:
-    """Returns the program's text without teachers: what else each device is given."""
-    import jax
+def _alone(state: Any, batch: Any) -> Any:
+    """Returns a program without teachers: what else each device is given."""
 
     def rest(moving: Any, batch: Any) -> Any:
         return jax.tree.map(lambda x: x, (moving, batch))
 
-    return jax.jit(rest, keep_unused=True).lower(state.moving(), batch).compile().as_text()
+    return jax.jit(rest, keep_unused=True).lower(state.moving(), batch).compile()
 
 
 def _bytes(tree: Any) -> int:
-    import jax
-
-    from jaxopt_models._bits import array_bits
-
     return sum(array_bits(x) for x in jax.tree.leaves(tree)) // 8
 
 
-def _sizes(types: str) -> float:
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
-    entries = [(t, math.prod(int(n) for n in s.split(",") if n)) for t, s in arrays]
-    return sum(_BITS[t] * n / 8 for t, n in entries)
-
-
-def _given(text: str) -> float:
+def _given(program: Any) -> int:
     """Returns the bytes of arguments on each device."""
-    entry = text[text.index("ENTRY") :]
-    return sum(map(_sizes, re.findall(r"= (\w+\[[\d,]*\])\S* parameter\(", entry)))
+    return program.memory_analysis().argument_size_in_bytes
 
 
-def _moved(text: str) -> list[float]:
-    """Returns the bytes of the result of each collective."""
-    return [_sizes(t) for t, _ in re.findall(rf"= (.*?) ({_KINDS})(?:-start)?\(", text)]
-
-
-def main(quick: bool) -> None:
-    """Prints all rows."""
-    for part in (_pipelines, _knowledge):
-        for row in part(quick):
-            fields = ("claim", "value", "bar", "note")
-            print(json.dumps({f: getattr(row, f) for f in fields}), flush=True)
-
-
-if __name__ == "__main__":
-    main("quick" in sys.argv[1:])
+def _moved(program: Any) -> int:
+    """Returns the bytes of all arrays that devices send to each other."""
+    return sum(c.times * c.bytes for c in parallel.collectives(program))

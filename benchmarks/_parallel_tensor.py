@@ -1,34 +1,44 @@
-"""MiniLM and Lite0 over two by four CPU devices: ``python -m benchmarks._parallel_tensor``.
-
-Programs are compiled in a process of its own, which has eight CPU devices: how many there are is
-fixed when JAX starts.
-"""
+"""MiniLM and Lite0 over two by four devices of this CPU: what each holds, and what travels."""
 
 from __future__ import annotations
 
 import collections
-import json
 import math
-import re
-import subprocess
-import sys
 from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxopt_models import Axes, Rule, accelerate, compress, models, parallel, quant
+from jaxopt_models._bits import dtype_bits
 
 from ._rows import Row
 
-_WIDTH = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
-_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 STEPS = ("dense", "int8", "int4")
 
 
 def rows(*, quick: bool) -> list[Row]:
     """Compiles each model, dense and compressed, with two layouts."""
-    command = [sys.executable, "-m", "benchmarks._parallel_tensor", *["--quick"][: int(quick)]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"benchmarks._parallel_tensor failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return [row for case in found for row in _rows(case)]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    found = []
+    for name, (module, args, recipes) in _models(quick).items():
+        variables = jax.eval_shape(module.init, jax.random.key(0), *args)
+        params = variables if "batch_stats" in variables else variables["params"]
+
+        def fn(p: Any, *args: Any, module: Any = module) -> Any:
+            return module.apply(p if "batch_stats" in p else {"params": p}, *args)
+
+        cases = []
+        for step in STEPS[: 2 if quick else 3]:
+            recipe = recipes.get(step, [])
+            small = jax.eval_shape(lambda p, recipe=recipe: compress(p, recipe), params)
+            cases += _case(name, step, fn, small, args, mesh)
+        dense = next(c["sent"] for c in cases if "sent" in c)
+        for case in cases:
+            if "sent" in case:
+                case["wide"] = case["sent"] / dense
+            found += _rows(case)
+    return found
 
 
 def _rows(case: dict[str, Any]) -> list[Row]:
@@ -51,57 +61,20 @@ def _rows(case: dict[str, Any]) -> list[Row]:
     return found
 
 
-# ------------------------------------------------------------------ in the child process
-
-
 def _spread(tree: Any, mesh: Any, rules: Any) -> tuple[Any, int]:
     """Returns shapes with shardings for every part of a tree, and the bytes of one device."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from jaxopt_models._bits import dtype_bits
-    from jaxopt_models._encoded import is_encoded
-    from jaxopt_models._paths import flatten
-
-    leaves, unflatten = flatten(tree)
-    total = [0]
-
-    def put(a: Any, spec: Any) -> Any:
-        there = NamedSharding(mesh, spec)
-        total[0] += math.prod(there.shard_shape(a.shape)) * dtype_bits(a.dtype) // 8
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there)
-
-    new = []
-    for p in leaves:
-        spec = next((s for r, s in rules if re.fullmatch(r, p.path)), PartitionSpec())
-        if not is_encoded(p.value):
-            new.append(put(p.value, spec))
-            continue
-        spec = PartitionSpec(*spec, *[None] * (p.value.ndim - len(spec)))
-        local = NamedSharding(mesh, spec).shard_shape(p.value.shape)
-        parts = p.value.specs(spec, local) if any(spec) else None
-        if parts is None:
-            parts = jax.tree.map(lambda _: PartitionSpec(), p.value)
-        new.append(jax.tree.map(put, p.value, parts))
-    return unflatten(new), total[0]
-
-
-def _transfers(text: str) -> list[tuple[str, str, int]]:
-    """Returns kind, type and bytes of every transfer of a compiled program."""
-    found = []
-    for line in text.splitlines():
-        if m := re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line):
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", m[1]):
-                size = math.prod(int(n) for n in shape.split(",") if n)
-                found.append((m[2], dtype, size * _WIDTH[dtype]))
-    return found
+    shardings = parallel.shardings(tree, mesh, rules)
+    shapes = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )
+    bits = [
+        math.prod(a.sharding.shard_shape(a.shape)) * dtype_bits(a.dtype)
+        for a in jax.tree.leaves(shapes)
+    ]
+    return shapes, sum(n // 8 for n in bits)
 
 
 def _models(quick: bool) -> dict[str, Any]:
-    import jax
-
-    from jaxopt_models import Axes, Rule, models, quant
-
     tokens = jax.ShapeDtypeStruct((8, 64), "int32")
     side = 64 if quick else 224
     photos = jax.ShapeDtypeStruct((8, side, side, 3), "float32")
@@ -127,11 +100,6 @@ def _models(quick: bool) -> dict[str, Any]:
 
 
 def _case(model: str, step: str, fn: Any, params: Any, args: Any, mesh: Any) -> list[Any]:
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from jaxopt_models import accelerate, parallel
-
     tensor = parallel.tensor(fn, params, *args, mesh=mesh)
     both = parallel.fsdp(params, mesh=mesh, rules=tensor)
     there = NamedSharding(mesh, PartitionSpec("data"))
@@ -145,8 +113,8 @@ def _case(model: str, step: str, fn: Any, params: Any, args: Any, mesh: Any) -> 
     foretold = collections.Counter(r["kind"] for r in tensor.collectives)
     for layout, (rules, run) in runs.items():
         shapes, size = _spread(params, mesh, rules)
-        sent = _transfers(jax.jit(run).lower(shapes, *inputs).compile().as_text())
-        kinds = collections.Counter(kind for kind, _, _ in sent)
+        sent = parallel.collectives(jax.jit(run).lower(shapes, *inputs).compile())
+        kinds = collections.Counter(c.kind for c in sent)
         table = rules.table.data
         case = {"model": model, "step": step, "layout": layout, "bytes": size}
         case |= {"total": table["total"], "expected": table["each"]}
@@ -156,43 +124,13 @@ def _case(model: str, step: str, fn: Any, params: Any, args: Any, mesh: Any) -> 
         }
         case["beside"] = sum(max(0, n) for n in beside.values())
         case["transfers"] = [
-            (k, n, sum(b for kind, _, b in sent if kind == k)) for k, n in sorted(kinds.items())
+            (k, n, sum(c.bytes for c in sent if c.kind == k)) for k, n in sorted(kinds.items())
         ]
         if layout != "tensor":
             rows = {r["bytes"] for r in tensor.collectives if r["kind"] == "all-gather"}
             batch = {b // 2 for b in rows}  # that of one slice of the data
-            case["sent"] = sum(b for kind, _, b in sent if kind == "all-gather" and b not in batch)
+            case["sent"] = sum(
+                c.bytes for c in sent if c.kind == "all-gather" and c.bytes not in batch
+            )
         found.append(case)
     return found
-
-
-def main(*, quick: bool) -> None:
-    """Compiles everything and prints what was found as JSON."""
-    import jax
-    from jax.sharding import AxisType
-
-    from jaxopt_models import compress
-
-    jax.config.update("jax_num_cpu_devices", 8)
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    found = []
-    for name, (module, args, recipes) in _models(quick).items():
-        variables = jax.eval_shape(module.init, jax.random.key(0), *args)
-        params = variables if "batch_stats" in variables else variables["params"]
-
-        def fn(p: Any, *args: Any, module: Any = module) -> Any:
-            return module.apply(p if "batch_stats" in p else {"params": p}, *args)
-
-        for step in STEPS[: 2 if quick else 3]:
-            recipe = recipes.get(step, [])
-            small = jax.eval_shape(lambda p, recipe=recipe: compress(p, recipe), params)
-            found += _case(name, step, fn, small, args, mesh)
-        dense = next(c["sent"] for c in found if c["model"] == name and "sent" in c)
-        for case in found:
-            if case["model"] == name and "sent" in case:
-                case["wide"] = case["sent"] / dense
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(quick="--quick" in sys.argv)
