@@ -160,7 +160,8 @@ def _case(model: str, step: str, fn: Any, params: Any, args: Any, mesh: Any) -> 
         ]
         if layout != "tensor":
             rows = {r["bytes"] for r in tensor.collectives if r["kind"] == "all-gather"}
-            batch = {b // 2 for b in rows}  # that of one slice of the data
+            # Of a lookup of positions all, of others that of one slice of the data.
+            batch = {n for b in rows for n in (b, b // 2)}
             case["sent"] = sum(b for kind, _, b in sent if kind == "all-gather" and b not in batch)
         found.append(case)
     return found
