@@ -128,7 +128,8 @@ def _case(model: str, step: str, fn: Any, params: Any, args: Any, mesh: Any) -> 
         ]
         if layout != "tensor":
             rows = {r["bytes"] for r in tensor.collectives if r["kind"] == "all-gather"}
-            batch = {b // 2 for b in rows}  # that of one slice of the data
+            # Of a lookup of positions all, of others that of one slice of the data.
+            batch = {n for b in rows for n in (b, b // 2)}
             case["sent"] = sum(
                 c.bytes for c in sent if c.kind == "all-gather" and c.bytes not in batch
             )
