@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from .._encoded import is_encoded
 from .._options import whole
 from .._paths import flatten
 from .._table import Table
-from ._rules import Rules, devices_of, shortened
+from ._rules import Rules, devices_of, shortened, spec_for
 from ._spaces import bytes_of
 
 
@@ -111,11 +110,6 @@ def _divided(
             return spec, ""
         whys.append(why)
     return given, "; ".join(dict.fromkeys(whys)) or "it has no axis to divide"
-
-
-def spec_for(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
-    """Returns the partition of the first rule that matches a path; none divides nothing."""
-    return next((s for r, s in rules if re.fullmatch(r, path)), PartitionSpec())
 
 
 def why_not(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> str:

@@ -22,8 +22,8 @@ from .._paths import flatten
 from .._recipe import Rule, decide
 from .._tracked import Tracked, readers
 from .._walk import Walk
-from ._fsdp import spec_for, why_not
-from ._rules import on_auto
+from ._fsdp import why_not
+from ._rules import on_auto, spec_for
 
 
 def gathered(

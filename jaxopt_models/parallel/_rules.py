@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
@@ -34,6 +34,15 @@ class Rules(list[tuple[str, PartitionSpec]]):
         self.table = table
         self.collectives = collectives
         self.inside = dict(inside or {})
+
+    def spec(self, path: str) -> PartitionSpec:
+        """Returns the partition of a parameter."""
+        return spec_for(self, path)
+
+
+def spec_for(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
+    """Returns the partition of the first rule that matches a path; none divides nothing."""
+    return next((s for r, s in rules if re.fullmatch(r, path)), PartitionSpec())
 
 
 def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:

@@ -1,12 +1,12 @@
 """Meshes of CPU devices, and what a compiled program says."""
 
 import math
-import re
 
 import jax
 import numpy as np
 
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "s8": 8, "u8": 8, "pred": 8}
+from jaxopt_models import parallel
+from jaxopt_models.parallel._program import as_module
 
 
 def mesh(**axes):
@@ -15,27 +15,16 @@ def mesh(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:n])
 
 
-def collectives(text):
-    """Bytes on each device after each collective of a program, as ``[(kind, bytes)]``."""
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found = []
-    for types, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
-        size = sum(
-            BITS[dtype] * math.prod(int(n) for n in shape.split(",") if n) // 8
-            for dtype, shape in arrays
-        )
-        found.append((kind, size))
-    return found
+def collectives(program):
+    """Each collective of a program and its bytes, as ``[(kind, bytes)]``."""
+    return [(c.kind, c.bytes) for c in parallel.collectives(program)]
 
 
-def parameters(text):
-    """Shapes of what each device is given, in bytes: the entry computation's parameters."""
-    entry = text[text.index("ENTRY") :]
-    return sorted(
-        BITS.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) / 8
-        for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* parameter\(", entry)
-    )
+def parameters(program):
+    """Bytes of what each device is given."""
+    module = as_module(program)
+    given = [one for one in module.computations[module.entry].values() if one.kind == "parameter"]
+    return sorted(a.bytes for one in given for a in one.arrays)
 
 
 def gap(a, b):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from parallel_layouts import mesh_of, place, transfers
+from parallel_layouts import mesh_of, transfers
 
 import jaxopt_models as jom
 from jaxopt_models import Rule, models, parallel, quant
@@ -79,7 +79,10 @@ def test_a_sequence_divided_between_the_layers():
     params = jom.compress(params, recipe)
     rules = parallel.tensor(fn, params, tokens, mesh=MESH, smallest=0, sequence=1)
     step = jax.jit(jom.accelerate(parallel.constrain(fn, rules.inside, mesh=MESH)))
-    there = place(params, MESH, rules), jax.device_put(tokens, NamedSharding(MESH, P("data")))
+    there = (
+        parallel.shard(params, MESH, rules),
+        jax.device_put(tokens, NamedSharding(MESH, P("data"))),
+    )
     compiled = step.lower(*there).compile()
     want = jom.accelerate(fn)(params, tokens)
     np.testing.assert_allclose(compiled(*there), want, atol=2e-5)
@@ -91,7 +94,7 @@ def test_a_sequence_divided_between_the_layers():
     whole = (2, 8, 16)
     kinds = {kind for kind, _, shape in found if shape == whole}
     assert kinds <= {"all-reduce", "all-gather", "reduce-scatter"}
-    assert found["all-gather", "f32", whole] >= 2
+    assert found["all-gather", "float32", whole] >= 2
     sums = sum(n for (kind, _, _), n in found.items() if kind in ("all-reduce", "reduce-scatter"))
     assert sums == 2
     assert all(shape[-1] == 16 and len(shape) >= 2 for _, _, shape in found), found

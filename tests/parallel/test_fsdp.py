@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from parallel_layouts import mesh_of, place, transfers
+from parallel_layouts import mesh_of, transfers
 
 import jaxopt_models as jom
 from jaxopt_models import Axes, Rule, parallel, quant
 
 RNG = np.random.default_rng(0)
 MESH = mesh_of((8,), ("data",))
-BYTES = {"s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "f32": 4}
+BYTES = {"int8": 1, "uint8": 1, "bfloat16": 2, "float16": 2, "int32": 4, "float32": 4}
 
 
 def normal(*shape):
@@ -48,10 +48,10 @@ def gathers(compiled):
 @pytest.mark.parametrize(
     ("encoder", "want"),
     [
-        (None, {"f32": 2 * 4 * 8192}),
-        (quant.Int(bits=8), {"s8": 2 * 8192, "f32": 4 * 128}),
-        (quant.Int(bits=4, group=16), {"u8": 8192, "f32": 4 * (128 * 4 + 64 * 8)}),
-        (quant.Int(bits=3), {"u8": 2 * 3 * 1024, "f32": 4 * 128}),
+        (None, {"float32": 2 * 4 * 8192}),
+        (quant.Int(bits=8), {"int8": 2 * 8192, "float32": 4 * 128}),
+        (quant.Int(bits=4, group=16), {"uint8": 8192, "float32": 4 * (128 * 4 + 64 * 8)}),
+        (quant.Int(bits=3), {"uint8": 2 * 3 * 1024, "float32": 4 * 128}),
     ],
     ids=repr,
 )
@@ -61,7 +61,7 @@ def test_what_is_stored_is_what_travels(encoder, want):
     rules = parallel.fsdp(params, mesh=MESH, smallest=0)
     assert list(rules) == [("a", P(None, "data")), ("b", P("data", None)), (".*", P())]
     step = jax.jit(parallel.gathered(fn, rules, mesh=MESH))
-    there = place(params, MESH, rules)
+    there = parallel.shard(params, MESH, rules)
     np.testing.assert_allclose(step(there, spread(x)), jom.accelerate(fn)(params, x), atol=1e-4)
     assert gathers(step.lower(there, spread(x)).compile()) == want
 
@@ -74,7 +74,7 @@ def test_gradients(bits):
     )
     encoded = jax.eval_shape(lambda p: jom.compress(p, recipe), params)
     rules = parallel.fsdp(encoded, mesh=MESH, smallest=0)
-    there = place(params, MESH, rules)
+    there = parallel.shard(params, MESH, rules)
     shown = jom.straight_through(recipe) if recipe else lambda p: p
     want = jax.jit(jax.value_and_grad(loss(lambda p, x: fn(shown(p), x))))(params, x)
     run = parallel.gathered(fn, rules, mesh=MESH, recipe=recipe)
@@ -85,7 +85,7 @@ def test_gradients(bits):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
     # Both weights forward, the second once more backward: neither is kept whole.
-    codes = {None: {"f32": 3 * 4 * 8192}, 8: {"s8": 3 * 8192}, 4: {"u8": 3 * 4096}}[bits]
+    codes = {None: {"float32": 3 * 4 * 8192}, 8: {"int8": 3 * 8192}, 4: {"uint8": 3 * 4096}}[bits]
     found = gathers(compiled)
     assert {k: found[k] for k in codes} == codes
     assert sum(found.values()) - sum(codes.values()) <= 4 * 256  # scales
@@ -112,13 +112,13 @@ def test_layers_of_a_loop_with_tensor_parallelism():
         ".*": P(),
     }
     step = jax.jit(parallel.gathered(stack, both, mesh=mesh))
-    there, inputs = place(small, mesh, both), spread(x, mesh=mesh)
+    there, inputs = parallel.shard(small, mesh, both), spread(x, mesh=mesh)
     compiled = step.lower(there, inputs).compile()
     np.testing.assert_allclose(compiled(there, inputs), jom.accelerate(stack)(small, x), atol=1e-5)
     # A layer at a time, and of it the quarter that a device works with.
-    assert gathers(compiled)["s8"] == 2 * 16 * 64 // 4
+    assert gathers(compiled)["int8"] == 2 * 16 * 64 // 4
     assert [r for r in transfers(compiled) if r[0] == "all-reduce"] == [
-        ("all-reduce", "f32", (2, 16))
+        ("all-reduce", "float32", (2, 16))
     ]
 
 
@@ -149,7 +149,7 @@ def test_leaves_that_read_their_input_and_what_comes_back():
     small = jom.compress(params, [Rule("a", both)])
     rules = parallel.fsdp(small, mesh=MESH, smallest=0)
     run = parallel.gathered(lambda p, x: (fn(p, x), p["b"]), rules, mesh=MESH)
-    got, b = run(place(small, MESH, rules), spread(x))
+    got, b = run(parallel.shard(small, MESH, rules), spread(x))
     np.testing.assert_allclose(got, jom.simulate(fn)(small, x), atol=1e-3)
     np.testing.assert_array_equal(b, params["b"])
 
@@ -160,7 +160,7 @@ def test_what_is_not_divided_is_encoded_too():
     rules = [("a", P("data")), ("b", P())]
     run = jax.jit(parallel.gathered(fn, rules, mesh=MESH, recipe=recipe))
     want = fn(jom.straight_through(recipe)(params), x)
-    np.testing.assert_allclose(run(place(params, MESH, rules), spread(x)), want, atol=1e-4)
+    np.testing.assert_allclose(run(parallel.shard(params, MESH, rules), spread(x)), want, atol=1e-4)
 
 
 def test_mistakes():

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from parallel_layouts import mesh_of, place, spec_of, transfers
+from parallel_layouts import mesh_of, transfers
 
 import jaxopt_models as jom
 from jaxopt_models import Axes, Rule, models, parallel, quant
@@ -44,7 +44,7 @@ def runs_divided(fn, params, args):
     mesh = mesh_of((2, 4))
     rules = parallel.tensor(fn, params, *args, mesh=mesh, smallest=0)
     run = jom.accelerate(parallel.constrain(fn, rules.inside, mesh=mesh))
-    there = place(params, mesh, rules)
+    there = parallel.shard(params, mesh, rules)
     inputs = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in args]
     step = jax.jit(run)
     compiled = step.lower(there, *inputs).compile()
@@ -92,12 +92,12 @@ def test_a_transformer_layer_sums_twice(recipe):
         ("all-reduce", "layer1/attention/out/kernel"),
         ("all-reduce", "layer1/down/kernel"),
     ]
-    assert spec_of(rules, "layer1/attention/query/kernel") == P(None, "model", None)
-    assert spec_of(rules, "layer1/attention/query/bias") == P("model", None)
-    assert spec_of(rules, "layer1/attention/out/bias") == P()
-    assert spec_of(rules, "layer1/up/bias") == P("model")
+    assert rules.spec("layer1/attention/query/kernel") == P(None, "model", None)
+    assert rules.spec("layer1/attention/query/bias") == P("model", None)
+    assert rules.spec("layer1/attention/out/bias") == P()
+    assert rules.spec("layer1/up/bias") == P("model")
     # 11 words do not divide by 4: features do.
-    assert spec_of(rules, "tokens/embedding") == P(None, "model")
+    assert rules.spec("tokens/embedding") == P(None, "model")
 
 
 def test_residual_blocks_and_inverted_bottlenecks():
@@ -105,13 +105,13 @@ def test_residual_blocks_and_inverted_bottlenecks():
     recipe = [Rule("(expand|project)/kernel", quant.Int(bits=4, group=4))]
     rules = runs_divided(fn, jom.compress(variables, recipe), (x,))
     assert [r["parameter"] for r in rules.collectives] == ["conv2/kernel", "project/kernel"]
-    assert spec_of(rules, "depthwise/kernel") == P(None, None, None, "model")
+    assert rules.spec("depthwise/kernel") == P(None, None, None, "model")
     for norm in ("bn1", "norm"):
         for path in ("scale", "bias"):
-            assert spec_of(rules, f"{norm}/{path}") == P("model")
+            assert rules.spec(f"{norm}/{path}") == P("model")
         for path in ("mean", "var"):
-            assert spec_of(rules, f"batch_stats/{norm}/{path}") == P("model")
-    assert spec_of(rules, "batch_stats/bn2/var") == P()
+            assert rules.spec(f"batch_stats/{norm}/{path}") == P("model")
+    assert rules.spec("batch_stats/bn2/var") == P()
     assert "the other axis of 16" in str(rules.table)  # the stream, as conv1 is divided within
 
 
@@ -123,7 +123,7 @@ def test_an_lstm_gathers_its_state_once_a_step():
         ("all-gather", 3),
         ("all-reduce", 1),
     ]
-    assert spec_of(rules, "rnn/cell/hi/kernel") == P(None, "model")
+    assert rules.spec("rnn/cell/hi/kernel") == P(None, "model")
 
 
 @pytest.mark.full
@@ -154,8 +154,8 @@ def test_minilm_by_its_published_sizes():
     rules = parallel.tensor(fn, params, tokens, tokens, size=4)
     kinds = [r["kind"] for r in rules.collectives if "layers" in r["parameter"]]
     assert kinds == ["all-reduce"] * 4
-    assert spec_of(rules, "embeddings/word/embedding") == P(None, "model")  # 30,522 rows
-    assert spec_of(rules, "embeddings/position/embedding") == P(None, "model")
+    assert rules.spec("embeddings/word/embedding") == P(None, "model")  # 30,522 rows
+    assert rules.spec("embeddings/position/embedding") == P(None, "model")
     names = [f"path:embeddings/{name}/embedding" for name in ("position", "word")]
     assert list(rules.inside) == names
     row = next(r for r in rules.table if r["path"] == "embeddings/token_type/embedding")
@@ -258,9 +258,9 @@ def attention(cut):
 
 def test_fused_projections_are_divided_if_heads_come_first():
     by_head = attention(lambda z: jnp.moveaxis(z.reshape(2, 3, 4, 3, 2), 3, 0))
-    assert spec_of(by_head, "qkv") == P(None, "model")
+    assert by_head.spec("qkv") == P(None, "model")
     by_part = attention(lambda z: jnp.moveaxis(z.reshape(2, 3, 3, 4, 2), 2, 0))
-    assert spec_of(by_part, "qkv") == P()
+    assert by_part.spec("qkv") == P()
     assert "not the outermost part" in by_part.table[1]["note"]
 
 
@@ -313,7 +313,7 @@ def test_group_norm_divides_whole_groups():
 
     fn, params = shapes(Net(), x := jax.ShapeDtypeStruct((2, 5), "float32"))
     rules = parallel.tensor(fn, params, x, size=4, smallest=0)
-    assert spec_of(rules, "norm/scale") == P("model")
+    assert rules.spec("norm/scale") == P("model")
     assert list(parallel.tensor(fn, params, x, size=8, smallest=0)) == [(".*", P())]
 
 
@@ -334,8 +334,8 @@ def test_new_statistics_may_stay_divided():
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     fn = lambda p, x: model.apply(p, x, mutable=["batch_stats"])  # noqa: E731
     rules = parallel.tensor(fn, variables, x, size=4, smallest=0)
-    assert spec_of(rules, "batch_stats/bn1/mean") == P("model")
-    assert spec_of(rules, "conv1/kernel") == P(None, None, None, "model")
+    assert rules.spec("batch_stats/bn1/mean") == P("model")
+    assert rules.spec("conv1/kernel") == P(None, None, None, "model")
 
 
 def test_nnx_and_linen_get_the_same_rules():
@@ -351,9 +351,9 @@ def test_nnx_and_linen_get_the_same_rules():
     fn, state = jom.functional(Net(nnx.Rngs(0)))
     rules = parallel.tensor(fn, state, jnp.ones((2, 4)), size=4, smallest=0)
     for path in ("up/bias", "norm/scale", "norm/mean", "norm/var"):
-        assert spec_of(rules, path) == P("model"), path
-    assert spec_of(rules, "down/kernel") == P("model", None)
-    assert spec_of(rules, "down/bias") == P()
+        assert rules.spec(path) == P("model"), path
+    assert rules.spec("down/kernel") == P("model", None)
+    assert rules.spec("down/bias") == P()
 
 
 def test_mistakes():
