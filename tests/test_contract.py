@@ -62,11 +62,7 @@ ROWS = [
     (Int(bits=4, group=8, scale="bfloat16"), [STACK]),
     (Int(bits=4, group=8, scale=Int(bits=8)), [KERNEL]),
     (Float("e4m3"), [STACK]),
-    (Float("e5m2"), [FEW]),
-    (Float("e3m2"), [DEPTHWISE]),
     (MX("e4m3", group=8), [LAYERS]),
-    (MX("e2m3", group=8), [FEW]),
-    (MX("e2m1", group=8), [KERNEL]),
     (NVFP4(group=8), [STACK]),
     (NF4(group=8), [EMBEDDING]),
     (Table((-1.0, 0.0, 0.5)), [CONV]),
@@ -74,19 +70,15 @@ ROWS = [
     (Binary(), [KERNEL, STACK]),
     (Binary(unit=True), [ATTENTION]),
     (chain(HALF, Binary()), [KERNEL]),
-    (chain(HALF, NF4(group=8)), [STACK]),
     (HALF, [KERNEL]),
     (Magnitude(sparsity=0.25, structure=Block(4, 2)), [ATTENTION]),
     (Magnitude(structure=NofM(2, 4)), [CONV]),
     (Magnitude(sparsity=0.9, across_stack=True), [STACK]),
     (KMeans(bits=4), [KERNEL]),
-    (KMeans(bits=3, start="density"), [STACK]),
     (KMeans(bits=2, per="channel"), [EMBEDDING]),
-    (KMeans(bits=3, start="random"), [DEPTHWISE]),
     (chain(HALF, Int(bits=4)), [STACK]),
     (chain(HALF, KMeans(bits=4)), [KERNEL]),
     (Input(bits=8), [KERNEL]),
-    (Input(bits=4, per="tensor", symmetric=False), [CONV]),
     (chain(HALF, Int(bits=4), Input(bits=8)), [STACK]),
     (Input(bits=8, per="static"), [LAYERS]),
     (Normal(bits=3, group=8), [LAYERS]),
@@ -96,27 +88,38 @@ ROWS = [
     (AWQ(Int(bits=4), steps=3), [FEW]),
     (Hadamard(Int(bits=4)), [LAYERS]),
     (LSQ(bits=4, group=8), [LAYERS]),
-    (LSQ(bits=3, symmetric=False), [FEW]),
     (DoReFa(bits=3), [LAYERS]),
     (BWN(), [FEW]),
-    (BinaryConnect(), [FEW]),
     (BinaryConnect(stochastic=True), [LAYERS]),
     (LearnedInput(bits=4), [LAYERS]),
-    (LearnedInput(bits=4, offset=True, start=0.5), [FEW]),
     (PACT(bits=4, start=1.0), [FEW]),
     (DoReFaInput(bits=2), [FEW]),
     (Sign(), [LAYERS]),
     (XNOR(), [LAYERS]),
     # Groups that the kernels take.
     (Int(bits=4, group=32), [WIDE, WIDE_LAYERS]),
-    (Int(bits=3, group=32, symmetric=False), [WIDE]),
+    (chain(Int(bits=8), Input(bits=8, symmetric=False)), [WIDE, WIDE_LAYERS]),
+]
+# Other options of methods that have a row above, with --full.
+ALIKE = [
+    (MX("e2m3", group=8), [FEW]),
+    (MX("e2m1", group=8), [KERNEL]),
+    (chain(HALF, NF4(group=8)), [STACK]),
+    (KMeans(bits=3, start="density"), [STACK]),
+    (KMeans(bits=3, start="random"), [DEPTHWISE]),
+    (Input(bits=4, per="tensor", symmetric=False), [CONV]),
+    (LSQ(bits=3, symmetric=False), [FEW]),
+    (LearnedInput(bits=4, offset=True, start=0.5), [FEW]),
+    (BinaryConnect(), [FEW]),
     (Hadamard(Int(bits=4, group=32)), [((2, 32, 8), Axes(stack=1))]),
     (AWQ(NF4(group=32), steps=3), [WIDE]),
-    (chain(Int(bits=8), Input(bits=8, symmetric=False)), [WIDE, WIDE_LAYERS]),
+    (Int(bits=3, group=32, symmetric=False), [WIDE]),
+    (Float("e5m2"), [FEW]),
+    (Float("e3m2"), [DEPTHWISE]),
 ]
 # Their docstrings say that encoding again moves the values.
 MOVING = (Normal, HQQ, GPTQ, AdaRound, AWQ, Hadamard, LSQ, DoReFa)
-ENCODERS = [encoder for encoder, _ in ROWS]
+ENCODERS = [encoder for encoder, _ in ROWS + ALIKE]
 
 
 def drawn(encoder):
@@ -138,7 +141,11 @@ def rounds(encoder):
     return not getattr(encoder, "symmetric", True)
 
 
-@pytest.mark.parametrize(("encoder", "shapes"), ROWS, ids=repr)
+@pytest.mark.parametrize(
+    ("encoder", "shapes"),
+    [*ROWS, *(pytest.param(*row, marks=pytest.mark.full) for row in ALIKE)],
+    ids=repr,
+)
 def test_laws(encoder, shapes):
     still = not moves(encoder, jnp.float32)
     narrow = still and moves(encoder, jnp.bfloat16)

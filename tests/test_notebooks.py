@@ -9,6 +9,8 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
+# CI runs them once, after the suite: they are a minute of work.
+@pytest.mark.full
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore")  # of the client and its event loop, not of ours
 def test_notebook_runs(path, tmp_path, monkeypatch):

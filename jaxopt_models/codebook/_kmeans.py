@@ -112,8 +112,7 @@ class KMeans(Encoder):
             n = jnp.asarray(w.size, jnp.int32)
             if keep is not None:
                 x, n = jnp.where(keep, x, jnp.inf), jnp.sum(keep, dtype=jnp.int32)
-            first = None if key is None else jax.random.split(key, 1)[0]
-            return _clustered(self, w, keep, self.centroids(x, n, first))
+            return _clustered(self, w, keep, self.centroids(x, n, key))
         m = Matrix(tuple(w.shape), axes.out)
         x = m.view(_canonical(w)).T
         n = jnp.full((m.columns,), m.rows, jnp.int32)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxopt_models import Axes, chain, prune
 from jaxopt_models.codebook import KMeans
-from jaxopt_models.codebook._lloyd import _start, assign, ordered_sum
+from jaxopt_models.codebook._lloyd import Sorted, _start, assign, ordered_sum
 from jaxopt_models.testing import bits, leaf_bits
 
 FEW = settings(max_examples=25, deadline=None)
@@ -26,7 +26,8 @@ def normal(*shape, seed=0):
 def starts(w, k, start):
     """The first centroids of ``start``, by the library, in float64."""
     x = jnp.sort(jnp.ravel(w))
-    return np.asarray(_start(x, jnp.asarray(x.size, jnp.int32), None, k=k, start=start), np.float64)
+    values = Sorted(x, jnp.asarray(x.size, jnp.int32))
+    return np.asarray(_start(values, None, k=k, start=start), np.float64)
 
 
 def reference(w, k, start):

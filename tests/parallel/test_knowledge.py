@@ -131,6 +131,7 @@ def test_peers_apart_equal_mutual_learning_and_only_logits_cross(alike):
     assert sum(parameters(text)) < 3 * largest + 4 * 6 * 8 + 1000
 
 
+@pytest.mark.full
 def test_peers_keep_heads_memories_and_statistics():
     def counted(params, x):
         return one(params, x), params | {"mean": params["mean"] + x.mean()}

@@ -192,6 +192,7 @@ def test_statistics_and_solvers(encoder, compiled):
     assert gathered(compiled) < W.size // 4
 
 
+@pytest.mark.full
 def test_thresholds_of_all_leaves_together():
     params = {"a": W, "b": W[:, :16] * 0.5}
     want = prune.allocate_global(params, sparsity=0.9)
