@@ -36,7 +36,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 claim(self.folder, identity, "checkpoint")
-            except ValueError as e:  # which the others find themselves
+            except Exception as e:  # of a folder that cannot be written, too: the others wait
                 error = e
         together("checkpoint")
         if error is not None:

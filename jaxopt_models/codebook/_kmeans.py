@@ -100,7 +100,7 @@ class KMeans(Encoder):
 
     def over(self, sharding: NamedSharding) -> KMeans:
         """Returns the encoder of one codebook that sorts weights where they lie."""
-        if self.per == "channel":
+        if self.per == "channel" or type(self) is not KMeans:
             return self
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(KMeans)}
         return _OverMesh(**options, sharding=sharding)

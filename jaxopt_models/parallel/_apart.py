@@ -251,6 +251,7 @@ def run_apart(
             return runs[i](*own)
 
         outs = [jax.eval_shape(lambda *a, i=i: run(i, *a), *args) for i in range(slices.count)]
+        _check_rows(outs, args, slices)
         layout = Layout.of(outs, roles=by_dtype)
 
         def packed(i: int, *args: Any) -> Any:
@@ -273,6 +274,21 @@ def run_apart(
         return run(held_apart(members, slices), *args)
 
     return checked
+
+
+def _check_rows(outs: Sequence[Any], args: Sequence[Any], slices: Slices) -> None:
+    """Raises a `ValueError` where batches are divided and outputs are not rows of them."""
+    given = [x for a in args if not isinstance(a, Apart) for x in jax.tree.leaves(a) if x.ndim]
+    if slices.data is None or not given:
+        return
+    rows = given[0].shape[0]
+    for i, out in enumerate(outs):
+        for x in jax.tree.leaves(out):
+            if not x.shape or x.shape[0] != rows:
+                raise ValueError(
+                    f"{slices.who}: member {i} returns an array of shape {list(x.shape)}, not one "
+                    f"with the {rows} rows of a batch that {slices.data!r} divides; leave data= away"
+                )
 
 
 def held_apart(members: Any, slices: Slices) -> Apart:

@@ -13,6 +13,10 @@ from jax import lax
 from .._options import portion, whole
 
 
+def _zeros(size: int) -> jax.Array:
+    return jnp.zeros(size, jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Int8:
     r"""Sends gradients as 8-bit integers with a scale for each block.
@@ -52,7 +56,7 @@ class Int8:
     def lost(self, size: int, devices: int) -> dict[str, jax.Array]:
         """Returns what was not sent so far, nothing: of this device, and of its part of means."""
         padded = self._padded(size, devices)
-        return {"device": jnp.zeros(padded), "mean": jnp.zeros(padded // devices)}
+        return {"device": _zeros(padded), "mean": _zeros(padded // devices)}
 
     def mean(self, x: jax.Array, lost: Any, axis: Any, devices: int) -> tuple[jax.Array, Any]:
         """Returns the mean over devices of `[size]`, and what was not sent."""
@@ -117,7 +121,7 @@ class TopK:
 
     def lost(self, size: int, devices: int) -> dict[str, jax.Array]:
         """Returns what was not sent so far: nothing."""
-        return {"device": jnp.zeros(size)}
+        return {"device": _zeros(size)}
 
     def mean(self, x: jax.Array, lost: Any, axis: Any, devices: int) -> tuple[jax.Array, Any]:
         """Returns the mean over devices of `[size]`, and what was not sent."""

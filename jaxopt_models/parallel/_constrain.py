@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from .._paths import flatten
 from .._taps import scopes_of, sites_of
 from .._tracked import dense, is_tracked, origins_of
 from .._walk import Walk
+from ._dense import check_spec
 from ._rules import on_auto
 
 Where = Mapping[str, PartitionSpec] | Sequence[tuple[str, PartitionSpec]]
@@ -182,18 +182,5 @@ class _Constraining(Walk):
     def _placed(self, x: Any, named: Named) -> Any:
         name, spec = named
         value = dense(x)
-        if len(spec) > value.ndim:
-            raise ValueError(
-                f"constrain: {name!r} is a value of shape {list(value.shape)}, which has fewer "
-                f"axes than {spec}"
-            )
-        for n, entry in zip(value.shape, spec, strict=False):
-            free = entry is None or entry is PartitionSpec.UNCONSTRAINED
-            names = () if free else (entry,) if isinstance(entry, str) else entry
-            parts = math.prod(self.mesh.shape[axis] for axis in names)
-            if n % parts:
-                raise ValueError(
-                    f"constrain: {name!r} of shape {list(value.shape)} does not divide by {spec}: "
-                    f"{n} over {parts} devices"
-                )
+        check_spec(f"constrain: {name!r}, a value", tuple(value.shape), spec, self.mesh)
         return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))

@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._options import whole
 from .._partition import combine, partition
+from .._spread import spread
 from ..distill._core import split_loss
 from ..distill._place import Place
 from ._codecs import Int8, TopK
 from ._reduce import all_reduce
+from ._steps import check_given
 
 
 class DataParallel(NamedTuple):
@@ -75,7 +77,8 @@ def data_parallel(
 
     Every device computes the gradients of its part of the batch, in ``micro`` pieces one after
     another where that is too large at once; :func:`all_reduce` averages them. Parameters and the
-    optimizer's state are on all devices, and stay equal there to the bit.
+    optimizer's state are on all devices, and stay equal there to the bit. What is not trained, such
+    as batch statistics, stays as it is.
 
     Args:
       loss: `(params, batch, *beside) -> value` or `(value, metrics)`, a mean over examples that
@@ -139,8 +142,8 @@ def data_parallel(
             raise TypeError(f"{who}: the parameters hold nothing floating to train")
         trained, rest = jax.tree.map(jnp.copy, (trained, rest))
         state = (trained, rest, optimizer.init(trained))
-        placed = jax.device_put(state, NamedSharding(auto, everywhere))
-        count = jax.device_put(jnp.int32(0), NamedSharding(auto, everywhere))
+        there = NamedSharding(auto, everywhere)
+        *placed, count = jax.tree.map(lambda x: spread(x, there), (*state, jnp.int32(0)))
         return DataState(*placed, nothing_lost(placed[0]), count)
 
     def gradients(trained: Any, rest: Any, batch: Any, beside: Any) -> Any:
@@ -179,8 +182,7 @@ def data_parallel(
         return DataState(trained, state.rest, opt, lost, state.step + 1), shown
 
     def placed(state: Any, batch: Any) -> Any:
-        if not isinstance(state, DataState):
-            raise TypeError(f"{who}: state is {type(state).__name__}; give what init returned")
+        check_given(state, DataState, who)
         rows = mesh.shape[axis] * micro
         for x in jax.tree.leaves(batch):
             if not jnp.shape(x) or jnp.shape(x)[0] % rows:

@@ -122,14 +122,17 @@ def _from_tree(tree: Any, arrays: Sequence[Parameter], who: str) -> dict[str, Pa
 
 def check_spec(where: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> None:
     """Raises a `ValueError` unless an array of this shape can be divided so."""
-    if not isinstance(spec, PartitionSpec) or len(spec) > len(shape):
-        raise ValueError(f"{where} of shape {shape} has fewer axes than {spec!r}")
-    used = [n for entry in spec for n in names_of(entry)]
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"{where}: {spec!r} is no PartitionSpec")
+    if len(spec) > len(shape):
+        raise ValueError(f"{where} of shape {shape} has fewer axes than {spec}")
+    entries = [None if e is PartitionSpec.UNCONSTRAINED else e for e in spec]
+    used = [n for entry in entries for n in names_of(entry)]
     if unknown := [n for n in used if n not in mesh.shape]:
         raise ValueError(f"{where}: {spec} names {unknown}; the mesh has {dict(mesh.shape)}")
     if len(set(used)) < len(used):
         raise ValueError(f"{where}: {spec} names a mesh axis twice")
-    counts = counts_of(spec, len(shape), mesh.shape)
+    counts = counts_of(PartitionSpec(*entries), len(shape), mesh.shape)
     for axis, (n, count) in enumerate(zip(shape, counts, strict=True)):
         if n % count:
             raise ValueError(

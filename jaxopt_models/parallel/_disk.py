@@ -87,7 +87,8 @@ class File:
             except BlockingIOError:
                 continue
             except OSError:  # a file system that does not answer
-                return True
+                found = _PROBES
+                break
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return 2 * found >= _PROBES
 

@@ -102,10 +102,16 @@ def estimate(
         axes, place = dict(place.shape), of_mesh(place, chip, who)
     elif not isinstance(place, Topology):
         raise TypeError(f"{who}: on is {type(on).__name__}; give 'v5e:4x4', 'h100:8' or a Mesh")
+    elif chip is not None:
+        raise ValueError(f"{who}: chip={chip!r} is for a mesh; {place.name} has chips of its own")
     found = []
+    if _name(params) in (others or {}):
+        raise ValueError(f"{who}: others names a tree {_name(params)!r}, as params is called")
     trees = {_name(params): params, **(others or {})}
     if layouts is None or isinstance(layouts, Layout):
         layouts = [layouts or Layout()]
+    if not layouts:
+        raise ValueError(f"{who}: layouts is empty; give parallel.Layout(...), or None")
     for layout in layouts:
         sizes = layout.axes or axes or {"data": -1}
         mesh = place.mesh(sizes)

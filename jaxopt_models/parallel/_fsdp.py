@@ -62,7 +62,7 @@ def fsdp(
       <https://arxiv.org/abs/1910.02054>`_, 2020
     """
     count = devices_of(size, mesh, axis, "fsdp")
-    smallest = whole(smallest, "smallest", least=0)
+    smallest = whole(smallest, "fsdp: smallest", least=0)
     counts = {axis: count} if mesh is None else dict(mesh.shape)
     specs: dict[str, PartitionSpec] = {}
     rows, total, each = [], 0, 0

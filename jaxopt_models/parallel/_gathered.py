@@ -22,8 +22,9 @@ from .._paths import flatten
 from .._recipe import Rule, decide
 from .._tracked import Tracked, readers
 from .._walk import Walk
+from ._dense import dense_specs
 from ._fsdp import why_not
-from ._rules import on_auto, spec_for
+from ._rules import on_auto
 
 
 def gathered(
@@ -94,9 +95,10 @@ def gathered(
 
     def run(frame: Any, arrays: list[Any]) -> Any:
         program = trace(fn, frame, arrays, who="gathered", every=True, reached=False)
+        specs = dense_specs(frame.restore(arrays)[0], mesh, rules, who="gathered")
         spread = {}
         for d in decide(flatten(frame.restore(arrays)[0])[0], recipe, who="gathered"):
-            spec = spec_for(rules, d.parameter.path)
+            spec = specs.get(d.parameter.path, PartitionSpec())
             there = axis in mesh_axes(spec) or d.encoder is not None
             if there and hasattr(d.parameter.value, "dtype"):
                 spread[d.parameter.path] = _spread(d, spec, mesh, axis)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from .._options import whole
 from .._spread import together
 
+_MOST_FACTS = 31
 #: Exit code of a process that stops because another one is lost.
 LOST = 17
 
@@ -218,6 +219,10 @@ def agree(who: str, **facts: str) -> None:
       >>> from jaxopt_models import parallel
       >>> parallel.agree("train", recipe="int4", version="0.1.0")
     """
+    if wrong := [n for n, fact in facts.items() if not isinstance(fact, str)]:
+        raise TypeError(f"{who}: {wrong} are no texts; give str(...) of them")
+    if len(facts) > _MOST_FACTS:
+        raise ValueError(f"{who}: {len(facts)} facts, at most {_MOST_FACTS} are compared")
     if jax.process_count() == 1:
         return
     names = sorted(facts)

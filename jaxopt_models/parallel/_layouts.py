@@ -72,6 +72,8 @@ def place_inputs(args: Sequence[Any], mesh: Mesh, layout: Layout, who: str) -> l
       ValueError: for specs of another number, or arrays that do not divide.
     """
     given = layout.inputs
+    if isinstance(given, PartitionSpec):
+        raise TypeError(f"{who}: inputs is {given}; give a list, one PartitionSpec an argument")
     if given is not None and len(given) != len(args):
         raise ValueError(f"{who}: inputs has {len(given)} specs for {len(args)} arguments")
     default = PartitionSpec(layout.over(mesh))

@@ -79,6 +79,9 @@ def all_reduce(
             return jax.tree.map(lambda x: lax.pmean(x, names), updates), state
         flat = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in leaves])
         mean, lost = codec.mean(flat, state.lost, names, lax.axis_size(names))
+        # A step that is skipped for its NaN must not spoil those after it.
+        finite = jnp.all(jnp.isfinite(mean))
+        lost = jax.tree.map(lambda new, old: jnp.where(finite, new, old), lost, state.lost)
         ends = [0]
         for x in leaves:
             ends.append(ends[-1] + math.prod(x.shape))

@@ -50,7 +50,9 @@ def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:
     if (size is None) == (mesh is None):
         raise ValueError(f"{who}: give either size=, the number of devices, or mesh=")
     if mesh is None:
-        return whole(size, "size", least=1)
+        return whole(size, f"{who}: size", least=1)
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"{who}: mesh is {type(mesh).__name__}; give a Mesh, or size=")
     if axis not in mesh.shape:
         raise ValueError(f"{who}: axis={axis!r} is none of the mesh's {tuple(mesh.axis_names)}")
     return mesh.shape[axis]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._divided import full_spec, names_of, shard_shape, specs_of
 from .._encoded import Encoded, is_encoded
 from .._paths import flatten
+from .._spread import spread
 from ._dense import dense_specs
 
 
@@ -103,7 +104,11 @@ def shard(tree: Any, mesh: Mesh, rules: Any) -> Any:
       >>> tuple(small["kernel"].codes.sharding.spec)[0]
       'data'
     """
-    return jax.device_put(tree, shardings_of(tree, mesh, rules, "shard"))
+    found = shardings_of(tree, mesh, rules, "shard")
+    for p in flatten(tree)[0]:
+        if not hasattr(p.value, "dtype") and not isinstance(p.value, (int, float, complex)):
+            raise TypeError(f"shard: {p.path} is {type(p.value).__name__}, no array")
+    return jax.tree.map(spread, tree, found)
 
 
 def spec_of(x: Any) -> PartitionSpec:
@@ -169,7 +174,9 @@ def _parts_of(x: Encoded, spec: PartitionSpec, mesh: Any) -> list[list[Any]] | N
 
 
 def _sharding(x: Any) -> Any:
-    return jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    return (
+        jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    )
 
 
 def _part_spec(x: Any) -> PartitionSpec:

@@ -98,7 +98,9 @@ def _of_orbax(folder: str) -> Source:
         tensors[id(blank)] = Tensor(blank, lambda i=i: tree.leaves([i])[0])
         leaves.append(blank)
     files = [os.path.join(f, n) for f, _, names in os.walk(folder) for n in names]
-    parts = [getattr(a, "name", "") + str(getattr(a, "shape", "")) for a in tree.about]
+    parts = [
+        " ".join(str(getattr(a, n, "")) for n in ("name", "shape", "dtype")) for a in tree.about
+    ]
     return Source(tree.treedef.unflatten(leaves), tensors, _checksum(parts), _stamps(sorted(files)))
 
 

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from .._compress import check_key
 from .._paths import flatten
 from .._progress import bar
 from .._recipe import Rule, decide
 from .._resume import claim, digest
-from .._spread import together
+from .._spread import on_host, together
 from .._version import __version__
 from ..artifact._container import check_plain
 from ..artifact._file import check_stored_as, recipe_text
@@ -97,22 +96,23 @@ def compress_checkpoint(
         raise IsADirectoryError(f"{_WHO}: cannot write an artifact to {path!r}: it is a folder")
     if not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(f"{_WHO}: {os.path.dirname(path)!r} is no folder; make it first")
-    opened = open_source(source, _WHO)
-    # Of all processes, where statistics were collected by all of them.
-    stats = None if stats is None else jax.tree.map(np.asarray, stats)
-    options = Options(stats, key, coding, dense, _WHO)
-    skeleton, jobs = _jobs(opened, recipe)
-    text = recipe_text(recipe)
-    facts = {
-        "source": opened.content,
-        "recipe": text,
-        "stats": digest(stats),
-        "key": digest(key),
-        "coding": str(coding),
-        "dense": str(dense),
-        "version": __version__,
-        "jax": jax.__version__,
-    }
+    with guard(_WHO):  # a source that one process alone cannot read stops all of them
+        opened = open_source(source, _WHO)
+        # Of all processes, where statistics were collected by all of them.
+        stats = None if stats is None else jax.tree.map(on_host, stats)
+        options = Options(stats, key, coding, dense, _WHO)
+        skeleton, jobs = _jobs(opened, recipe)
+        text = recipe_text(recipe)
+        facts = {
+            "source": opened.content,
+            "recipe": text,
+            "stats": digest(stats),
+            "key": digest(key),
+            "coding": str(coding),
+            "dense": str(dense),
+            "version": __version__,
+            "jax": jax.__version__,
+        }
     agree(_WHO, path=path, **facts)
     folder = pathlib.Path(os.path.dirname(path), f".{os.path.basename(path)}.streaming")
     me, count = jax.process_index(), jax.process_count()

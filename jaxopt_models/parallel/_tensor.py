@@ -89,7 +89,7 @@ def tensor(
     """
     check_function(fn, "tensor")
     size = devices_of(size, mesh, axis, "tensor")
-    smallest = whole(smallest, "smallest", least=0)
+    smallest = whole(smallest, "tensor: smallest", least=0)
     axes = axes_of(fn, params, args, who="tensor")
     spaces = spaces_of(axes, axis, size)
     features = _features(axes, axis, size)
@@ -120,7 +120,7 @@ def tensor(
             divided[i] = d, "features, gathered after each lookup"
             inside |= _whole_lookups(axes, i, kinds)
     if sequence is not None:
-        along = whole(sequence, "sequence", least=0)
+        along = whole(sequence, "tensor: sequence", least=0)
         inside |= _along_sequence(axes, taken, kinds, axis, along)
     table = _table(axes, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}

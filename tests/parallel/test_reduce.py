@@ -181,3 +181,25 @@ def test_wrong_options():
         run.step(run.init(PARAMS), BATCHES[0])
     with pytest.raises(TypeError, match="nothing floating"):
         run.init({"n": jnp.int32(3)})
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_a_step_with_nan_does_not_spoil_the_next(codec):
+    tx = parallel.all_reduce(codec)
+    start = mapped(lambda g: stacked(tx.init(first(g))))
+    step = mapped(lambda g, s: jax.tree.map(stacked, tx.update(first(g), first(s))))
+    grads = jnp.asarray(RNG.normal(size=(8, 1, 600)), jnp.float32)
+    state = start(grads)
+    _, state = step(grads, state)
+    updates, spoilt = step(grads.at[3, 0, 5].set(jnp.nan), state)
+    assert bool(jnp.isnan(updates).any())
+    for a, b in zip(jax.tree.leaves(spoilt), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_that_was_given_up():
+    run = parallel.data_parallel(loss, optax.sgd(1e-2), MESH)
+    state = run.init(PARAMS)
+    run.step(state, BATCHES[0])
+    with pytest.raises(ValueError, match="given up to an earlier step"):
+        run.step(state, BATCHES[0])
