@@ -287,7 +287,7 @@ def _check_rows(outs: Sequence[Any], args: Sequence[Any], slices: Slices) -> Non
             if not x.shape or x.shape[0] != rows:
                 raise ValueError(
                     f"{slices.who}: member {i} returns an array of shape {list(x.shape)}, not one "
-                    f"with the {rows} rows of a batch that {slices.data!r} divides; leave data= away"
+                    f"of {rows} rows, as batches that {slices.data!r} divides; leave data= away"
                 )
 
 
