@@ -55,7 +55,8 @@ def one_seed(seed: int, *, quick: bool) -> dict[str, tuple[float, float]]:
         state = train.init(params)
         sent = sum(c.sent for c in parallel.collectives(train.compiled(state, order(0))))
         for step in range(steps):
-            state, _ = train.step(state, order(step))
+            # Simulated devices share threads: one step at a time, or steps wait for each other.
+            state, _ = jax.block_until_ready(train.step(state, order(step)))
         size = min(1000, len(images.images))
         parts = range(0, len(images.images) - size + 1, size)
         last = [

@@ -108,7 +108,7 @@ def test_training_is_that_of_one_device(micro, encoder):
     run = parallel.data_parallel(loss, tx, MESH, micro=micro)
     state = run.init(params)
     for batch in BATCHES:
-        state, metrics = run.step(state, batch)
+        state, metrics = jax.block_until_ready(run.step(state, batch))
     assert int(state.step) == len(BATCHES)
     assert set(metrics) == {"loss", "largest"}
     got, want = map(jom.materialize, (state.params, trained(params, tx)))
@@ -139,7 +139,7 @@ def test_training_with_feedback_goes_as_far(codec):
         run = parallel.data_parallel(loss, tx, MESH, **options)
         state = run.init(PARAMS)
         for i in range(60):
-            state, metrics = run.step(state, BATCHES[i % len(BATCHES)])
+            state, metrics = jax.block_until_ready(run.step(state, BATCHES[i % len(BATCHES)]))
         ends[name] = float(metrics["loss"])
     assert ends["sent"] <= 1.05 * ends["float32"]
 
