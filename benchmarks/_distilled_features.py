@@ -27,6 +27,8 @@ EMBEDDING = 64
 # Chosen on validation images with seed 100.
 EPOCHS = {"teacher": 5, "student": 15}
 RATE = 0.1
+# Of the contrast beside the labels.
+CONTRAST = 0.8
 
 
 def network(width: int, seed: int) -> tuple[distill.Network, Fn, Any]:
@@ -133,7 +135,7 @@ def losses() -> dict[str, Loss]:
         value, memory = distill.contrast(
             *pair, batch[2], student.memory, student.key, negatives=1024
         )
-        return hard(student, batch) + 0.8 * value, {"contrast": value}, memory
+        return hard(student, batch) + CONTRAST * value, {"contrast": value}, memory
 
     def soft(student: Any, teacher: Any, batch: Any) -> Any:
         kd = distill.kd(student.out, teacher.out["logits"], temperature=4.0)
