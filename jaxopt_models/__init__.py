@@ -13,7 +13,6 @@ from . import artifact as artifact
 from . import codebook as codebook
 from . import distill as distill
 from . import kernels as kernels
-from . import parallel as parallel
 from . import prune as prune
 from . import quant as quant
 from ._accelerate import accelerate as accelerate
@@ -57,6 +56,7 @@ from .artifact import save as save
 if _TYPE_CHECKING:
     from . import data as data
     from . import models as models
+    from . import parallel as parallel
     from . import testing as testing
     from ._checkpoint import read_checkpoint as read_checkpoint
     from ._layers import layers as layers
@@ -67,6 +67,7 @@ if _TYPE_CHECKING:
 _LAZY = {
     "data": "data",
     "models": "models",
+    "parallel": "parallel",
     "testing": "testing",
     "Steps": "_pipeline",
     "deep_compression": "_pipeline",
