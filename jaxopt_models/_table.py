@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ._plot import axes_of
+
 
 class Table:
     """Rows of named values with a title.
@@ -116,12 +118,9 @@ class Table:
         Raises:
           ValueError: if there is no such column.
         """
-        import matplotlib.pyplot as plt
-
         if value not in self.columns:
             raise ValueError(f"plot: no column {value!r}; columns are {self.columns}")
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 0.4 * len(self) + 1), layout="constrained")
+        ax = axes_of(ax, 0.4 * len(self) + 1)
         names = [str(v) for v in self.column(label or self.columns[0])]
         ax.barh(names, [float(v or 0) for v in self.column(value)])
         ax.invert_yaxis()

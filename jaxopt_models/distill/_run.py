@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._plot import axes_of
 from .._resume import Checkpoints
 from .._table import Table
 from ._state import State
@@ -40,10 +41,7 @@ class Fitted:
         Returns:
           The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        ax = axes_of(ax, 3.5)
         steps = self.history.column("step")
         for name in self.history.columns[1:]:
             values = self.history.column(name)

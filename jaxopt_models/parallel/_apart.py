@@ -216,11 +216,7 @@ def apart(
       [Array([0., 1.], dtype=float32)]
     """
     slices = Slices(mesh, axis, data, "apart")
-    several = isinstance(fns, (list, tuple))
-    given = slices.listed(fns, "functions") if several else [fns] * slices.count
-    for i, fn in enumerate(given):
-        if not callable(fn):
-            raise TypeError(f"apart: function {i} is {type(fn).__name__}; give (params, x) -> out")
+    given = slices.functions(fns, "function", "(params, x) -> out")
     return run_apart(wrapped(given, learn=learn), slices, combine=combine, learn=learn)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
-from .._divided import counts_of, full_spec, mesh_axes, names_of, shard_shape
+from .._divided import counts_of, full_spec, mesh_axes, names_of
 from .._encoded import is_encoded
 from .._options import whole
 from .._paths import flatten
 from .._table import Table
-from ._rules import Rules, devices_of, shortened, spec_for
+from ._rules import Rules, devices_of, shortened, spec_for, why_not
 from ._spaces import bytes_of
 
 
@@ -110,15 +110,3 @@ def _divided(
             return spec, ""
         whys.append(why)
     return given, "; ".join(dict.fromkeys(whys)) or "it has no axis to divide"
-
-
-def why_not(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> str:
-    """Says why a parameter cannot be divided so; empty if it can."""
-    counts = counts_of(spec, len(x.shape), sizes)
-    for n, count in zip(x.shape, counts, strict=True):
-        if n % count:
-            return f"{n} does not divide by {count}"
-    if is_encoded(x) and x.specs(spec, shard_shape(x.shape, spec, sizes)) is None:
-        parts = math.prod(counts)
-        return f"{parts} parts would cut what its {x.kind()} stores together (groups, packed words)"
-    return ""

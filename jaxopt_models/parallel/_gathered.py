@@ -23,8 +23,7 @@ from .._recipe import Rule, decide
 from .._tracked import Tracked, readers
 from .._walk import Walk
 from ._dense import dense_specs
-from ._fsdp import why_not
-from ._rules import on_auto
+from ._rules import on_auto, why_not
 
 
 def gathered(

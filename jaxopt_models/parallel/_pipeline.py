@@ -102,11 +102,7 @@ def pipeline(
       `Memory-Efficient Pipeline-Parallel DNN Training <https://arxiv.org/abs/2006.09503>`_, 2020
     """
     slices = Slices(mesh, axis, data, "pipeline")
-    several = isinstance(stages, (list, tuple))
-    given = slices.listed(stages, "stages") if several else [stages] * slices.count
-    for i, fn in enumerate(given):
-        if not callable(fn):
-            raise TypeError(f"pipeline: stage {i} is {type(fn).__name__}; give (params, x) -> x")
+    given = slices.functions(stages, "stage", "(params, x) -> x")
     count = whole(microbatches, "pipeline: microbatches", least=1)
     table = Timetable(slices.count, count, schedule=schedule)
     if not flag(remat, "pipeline: remat") and schedule == "1f1b":

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from .._plot import axes_of
 from .._table import Table
 from ._program import Collective, collectives_table
 from ._topology import Topology
@@ -177,10 +178,9 @@ class Plan:
         Returns:
           The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
+        from matplotlib.patches import Patch
 
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 0.5 * len(self) + 1.5), layout="constrained")
+        ax = axes_of(ax, 0.5 * len(self) + 1.5)
         shown = [e for e in self.estimates if not e.why]
         names = [f"{e.tree}, {e.layout}" for e in shown]
         for e, name in zip(shown, names, strict=True):
@@ -189,7 +189,7 @@ class Plan:
             ax.barh(name, worked, color=kind)
             ax.barh(name, 1e6 * e.exchange, left=worked, color="C2")
         labels = ("arithmetic", "memory", "exchange")
-        ax.legend([plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(3)], labels)
+        ax.legend([Patch(color=f"C{i}") for i in range(3)], labels)
         ax.invert_yaxis()
         ax.set_xlabel("us a step")
         ax.set_title(self.table().title)

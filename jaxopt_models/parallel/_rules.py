@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from .._divided import counts_of, shard_shape
+from .._encoded import is_encoded
 from .._options import whole
 from .._table import Table
 
@@ -104,3 +108,15 @@ def _patterns(
     for number in dict.fromkeys(pieces[k] for pieces in group):
         found += _patterns([pieces for pieces in group if pieces[k] == number], specs)
     return found
+
+
+def why_not(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> str:
+    """Says why a parameter cannot be divided so; empty if it can."""
+    counts = counts_of(spec, len(x.shape), sizes)
+    for n, count in zip(x.shape, counts, strict=True):
+        if n % count:
+            return f"{n} does not divide by {count}"
+    if is_encoded(x) and x.specs(spec, shard_shape(x.shape, spec, sizes)) is None:
+        parts = math.prod(counts)
+        return f"{parts} parts would cut what its {x.kind()} stores together (groups, packed words)"
+    return ""

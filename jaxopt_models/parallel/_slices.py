@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .._spread import spread
+
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
@@ -83,6 +85,20 @@ class Slices:
             )
         return list(given)
 
+    def functions(self, given: Any, name: str, form: str) -> list[Callable[..., Any]]:
+        """Returns a function for each member; a single one serves all.
+
+        Raises:
+          TypeError: if one is no function; ``form`` is what it should take and return.
+          ValueError: if there are fewer or more than members.
+        """
+        several = isinstance(given, (list, tuple))
+        fns = self.listed(given, f"{name}s") if several else [given] * self.count
+        for i, fn in enumerate(fns):
+            if not callable(fn):
+                raise TypeError(f"{self.who}: {name} {i} is {type(fn).__name__}; give {form}")
+        return fns
+
     def devices(self, i: int) -> list[jax.Device]:
         """Returns the devices of one slice that belong to this process."""
         at = self.mesh.axis_names.index(self.axis)
@@ -96,7 +112,8 @@ class Slices:
 
     def everywhere(self, tree: Any) -> Any:
         """Returns a tree on all devices: where a compiled step leaves such arrays, too."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        there = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: spread(x, there), tree)
 
     def specs(self, tree: Any) -> Any:
         """Returns how the arrays of a batch are divided.

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from .._encoded import is_encoded
 from ._atom_walk import Axes, axis_of
 from ._atoms import DATA, Atom, Use, flat
+from ._rules import why_not
 
 # Branches of the search for the best set; beyond, the heaviest space is simply taken.
 _MOST = 2000
@@ -51,14 +52,7 @@ def bytes_of(x: Any) -> int:
 
 def refused(x: Any, d: int, name: str, size: int) -> str:
     """Says why an axis of a parameter cannot be divided; empty if it can."""
-    shape = list(x.shape)
-    if shape[d] % size:
-        return f"{shape[d]} does not divide by {size}"
-    shape[d] //= size
-    spec = PartitionSpec(*[None] * d, name, *[None] * (len(shape) - d - 1))
-    if is_encoded(x) and x.specs(spec, tuple(shape)) is None:
-        return f"{size} parts would cut what its {x.kind()} stores together (groups, packed words)"
-    return ""
+    return why_not(x, PartitionSpec(*[None] * d, name), {name: size})
 
 
 def spaces_of(axes: Axes, name: str, size: int) -> list[Space]:

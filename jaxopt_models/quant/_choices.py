@@ -11,6 +11,7 @@ from .._axes import Axes
 from .._bits import array_bits
 from .._encoded import is_encoded
 from .._encoder import Encoder
+from .._plot import axes_of
 from .._table import Table
 
 
@@ -111,11 +112,7 @@ class Sensitivity:
         Returns:
           The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            height = 0.25 * len(self.choices) + 1.5
-            _, ax = plt.subplots(figsize=(7, height), layout="constrained")
+        ax = axes_of(ax, 0.25 * len(self.choices) + 1.5)
         for encoder in dict.fromkeys(k.encoder for c in self.choices for k in c.candidates):
             points = [
                 (k.score, row)

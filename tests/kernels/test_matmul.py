@@ -109,7 +109,7 @@ def test_integers_are_those_of_the_definition_to_the_bit(bits, path):
         check_bits(shape, bits, groups, zero=i % 2 == 0, symmetric=i % 3 > 0, path=path)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=12)
 @given(
     m=st.integers(0, 9),
     k=st.integers(1, 5),
