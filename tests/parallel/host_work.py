@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""What each of several processes does in `test_hosts.py`: `python host_work.py` with JSON."""
+"""What each of several processes does in tests and benchmarks: `python host_work.py` with JSON."""
 
 import json
 import os
@@ -24,12 +24,13 @@ from jaxopt_models import distill, parallel, quant
 from jaxopt_models.parallel import _sections
 
 RNG = np.random.default_rng(0)
+WIDE, HIDDEN, ROWS, STEPS = ASKED.get("size", (64, 32, 16, 6))
 PARAMS = {
-    "a": {"kernel": RNG.standard_normal((64, 32), np.float32)},
-    "b": {"kernel": RNG.standard_normal((32, 10), np.float32)},
+    "a": {"kernel": RNG.standard_normal((WIDE, HIDDEN), np.float32)},
+    "b": {"kernel": RNG.standard_normal((HIDDEN, 10), np.float32)},
 }
-XS = RNG.standard_normal((6, 16, 64), np.float32)
-YS = RNG.integers(0, 10, (6, 16)).astype(np.int32)
+XS = RNG.standard_normal((STEPS, ROWS, WIDE), np.float32)
+YS = RNG.integers(0, 10, (STEPS, ROWS)).astype(np.int32)
 SOLVED = [jom.Rule(".*/kernel", quant.GPTQ(quant.Int(bits=4, group=16)))]
 STREAMED = [jom.Rule(".*", quant.Int(bits=4, group=32))]
 
@@ -50,7 +51,7 @@ def calibrated(mesh):
     def batches():
         rows = len(XS[0]) // COUNT
         for i, x in enumerate(XS):
-            if i == 3:
+            if i == STEPS // 2:
                 die("calibrate")
             mine = x[ME * rows : (ME + 1) * rows]
             sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -71,7 +72,7 @@ def distilled(mesh):
         return XS[i], YS[i]
 
     return distill.fit(
-        scheme.step, state, batch, steps=6, every=3, save_every=2, progress=False,
+        scheme.step, state, batch, steps=STEPS, every=3, save_every=2, progress=False,
         checkpoint=os.path.join(ASKED["folder"], "checkpoints"),
     )  # fmt: skip
 
@@ -98,7 +99,7 @@ def main():
         parallel.start(f"localhost:{ASKED['port']}", COUNT, ME)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     found = {}
-    with parallel.guard("the test"):
+    with parallel.guard("the work"):
         if "calibrate" in ASKED["work"]:
             stats = calibrated(mesh)
             found["gram"] = np.asarray(stats["a/kernel"].gram)
