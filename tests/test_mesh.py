@@ -1,3 +1,7 @@
+"""Encoding what lies on a mesh: the bits of one device, and nothing brought together."""
+
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,41 +9,158 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxopt_models as jom
-from jaxopt_models import Rule, chain, codebook, prune, quant
+from jaxopt_models import Rule, _divided, chain, codebook, parallel, prune, quant
 from jaxopt_models.testing import bits, leaf_bits
 
+P = PartitionSpec
 HALF = prune.Magnitude(sparsity=0.5)
 W = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
-ROWS, COLUMNS = PartitionSpec("x"), PartitionSpec(None, "x")
+KEY = jax.random.key(0)
+ROWS, COLUMNS = P("x"), P(None, "x")
+# Encoders, and whether they are tried on rows and on columns by default.
 ENCODERS = [
-    quant.Int(bits=4),
-    quant.Int(bits=3, group=8),
-    quant.Int(bits=8, symmetric=False, per="tensor"),
-    HALF,
-    prune.Magnitude(sparsity=0.25, structure=prune.Block(4, 2)),
-    prune.Magnitude(structure=prune.NofM(2, 4)),
-    codebook.KMeans(bits=4),
-    codebook.KMeans(bits=2, per="channel"),
-    chain(HALF, quant.Int(bits=4)),
-    chain(HALF, codebook.KMeans(bits=3)),
+    (quant.Int(bits=4), "columns"),
+    (quant.Int(bits=3, group=8), "both"),
+    (quant.Int(bits=3, group=8, symmetric=False), ""),
+    (quant.Int(bits=8, per="tensor"), ""),
+    (quant.Int(bits=8, symmetric=False, per="tensor"), "rows"),
+    (quant.Int(bits=4, group=8, scale=quant.Int(bits=8)), ""),
+    (quant.NVFP4(group=8), ""),
+    (quant.Binary(), ""),
+    (quant.XNOR(), ""),
+    (quant.HQQ(bits=4, group=8), ""),
+    (HALF, "both"),
+    (prune.Magnitude(sparsity=0.25, structure=prune.Block(4, 2)), "rows"),
+    (prune.Magnitude(structure=prune.NofM(2, 4)), "rows"),
+    (codebook.KMeans(bits=3), ""),
+    (codebook.KMeans(bits=4), "columns"),
+    (codebook.KMeans(bits=2, per="channel"), "columns"),
+    (chain(HALF, codebook.KMeans(bits=3)), "rows"),
+    (chain(HALF, quant.Int(bits=4)), ""),
 ]
-# Each program is compiled for a mesh; test_contract runs every product with --full.
-ROW = [*ENCODERS[1:6], ENCODERS[9]]
-COLUMN = [*ENCODERS[0:2], ENCODERS[3], *ENCODERS[6:8]]
-CASES = [(e, ROWS) for e in ROW] + [(e, COLUMNS) for e in COLUMN]
+MESHES = [
+    ((8,), ROWS),
+    ((8,), COLUMNS),
+    ((4, 2), P("x", "y")),
+    ((2, 2, 2), P("y", ("x", "z"))),
+]
+
+
+def mesh_of(*sizes, kind=AxisType.Auto):
+    return jax.make_mesh(sizes, ("x", "y", "z")[: len(sizes)], axis_types=(kind,) * len(sizes))
 
 
 def spread(w, spec, kind):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    return jax.device_put(w, NamedSharding(mesh, spec))
+    return jax.device_put(w, NamedSharding(mesh_of(8, kind=kind), spec))
 
 
-@pytest.mark.parametrize(("encoder", "spec"), CASES, ids=repr)
-def test_the_same_bits_as_on_one_device(encoder, spec):
-    want = encoder(W)
-    got = encoder(spread(W, spec, AxisType.Auto))
-    assert leaf_bits(got) == leaf_bits(want)
-    assert bits(got.materialize()) == bits(want.materialize())
+@pytest.fixture
+def compiled(monkeypatch):
+    """The programs that encode divided tensors, compiled, in the order in which they run."""
+    programs, make = [], _divided._program
+
+    def kept(*args):
+        program = make(*args)
+
+        def run(*a):
+            programs.append(program.lower(*a).compile())
+            return program(*a)
+
+        return run
+
+    monkeypatch.setattr(_divided, "_program", kept)
+    return programs
+
+
+def gathered(programs):
+    """Returns the size of the largest array that devices bring together."""
+    found = [c for p in programs for c in parallel.collectives(p) if c.kind == "all-gather"]
+    return max((math.prod(c.shape) for c in found), default=0)
+
+
+def products():
+    for i, (encoder, tried) in enumerate(ENCODERS):
+        for j, (sizes, spec) in enumerate(MESHES):
+            named = {ROWS: "rows", COLUMNS: "columns"}.get(spec, "")
+            chosen = i % len(MESHES) == j or (named and tried in (named, "both"))
+            yield pytest.param(encoder, sizes, spec, marks=[] if chosen else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("encoder", "sizes", "spec"), [*products()], ids=repr)
+def test_what_lies_on_a_mesh_is_encoded_there(encoder, sizes, spec, compiled):
+    mesh = mesh_of(*sizes)
+    leaf, want = (encoder(w, key=KEY) for w in (jax.device_put(W, NamedSharding(mesh, spec)), W))
+    assert leaf_bits(leaf) == leaf_bits(want)
+    assert bits(leaf.materialize()) == bits(want.materialize())
+    assert parallel.spec_of(leaf) == P(*[*spec, None][:2])
+    assert compiled
+    assert gathered(compiled) < W.size // 4  # scales at most
+
+
+EXPLICIT = [
+    *((e, *MESHES[2]) for e in (HALF, quant.Int(bits=3), codebook.KMeans(bits=2))),
+    *(
+        (e, *case)
+        for e in (quant.Int(bits=4), quant.Int(bits=8, symmetric=False))
+        for case in MESHES[:2]
+    ),
+]
+
+
+@pytest.mark.parametrize(("encoder", "sizes", "spec"), EXPLICIT, ids=repr)
+def test_explicit_axes(encoder, sizes, spec):
+    mesh = mesh_of(*sizes, kind=AxisType.Explicit)
+    w = jax.device_put(W, NamedSharding(mesh, spec))
+    leaf, want = encoder(w), encoder(W)
+    assert leaf_bits(leaf) == leaf_bits(want)
+    assert bits(leaf.materialize()) == bits(want.materialize())
+    assert {a.sharding.mesh for a in jax.tree.leaves(leaf)} == {mesh}
+    assert leaf_bits(jax.jit(encoder)(w)) == leaf_bits(want)
+
+
+SOLVERS = [
+    quant.GPTQ(quant.Int(bits=4, group=8)),
+    pytest.param(quant.AWQ(quant.Int(bits=4, group=8)), marks=pytest.mark.full),
+    pytest.param(quant.AdaRound(quant.Int(bits=4)), marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("encoder", SOLVERS, ids=repr)
+def test_statistics_and_solvers(encoder, compiled):
+    mesh = mesh_of(2, 2, 2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(256, 64)), jnp.float32)
+
+    def run(w, x):
+        wanted = ["gram", "l2", "histogram"]
+        stats = jom.calibrate(lambda p, x: x @ p["w"], {"w": w}, [(x,)], wanted)
+        return stats["w"], encoder(w, stats=stats["w"], key=KEY)
+
+    stats, leaf = run(W, x)
+    placed, divided = run(
+        jax.device_put(W, NamedSharding(mesh, P("x", "y"))),
+        jax.device_put(x, NamedSharding(mesh, P(("x", "z")))),
+    )
+    for a, b in zip(jax.tree.leaves(stats.states), jax.tree.leaves(placed.states), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(a))))
+    same = np.mean(np.asarray(leaf.materialize()) == np.asarray(divided.materialize()))
+    assert same >= 0.999
+    assert gathered(compiled) < W.size // 4
+
+
+@pytest.mark.full
+def test_thresholds_of_all_leaves_together():
+    params = {"a": W, "b": W[:, :16] * 0.5}
+    want = prune.allocate_global(params, sparsity=0.9)
+    for sizes, spec in (MESHES[0], MESHES[2]):
+        placed = parallel.shard(params, mesh_of(*sizes), spec)
+        assert prune.allocate_global(placed, sparsity=0.9) == want
+
+
+def test_ties_are_broken_as_on_one_device():
+    w = jnp.asarray(np.random.default_rng(0).integers(0, 3, (64, 32)), jnp.float32)
+    for spec in (P("x"), P(None, "x"), P("y", "x")):
+        placed = jax.device_put(w, NamedSharding(mesh_of(4, 2), spec))
+        assert leaf_bits(HALF(placed)) == leaf_bits(HALF(w))
 
 
 @pytest.mark.parametrize("spec", [ROWS, COLUMNS], ids=["rows", "columns"])
@@ -48,15 +169,6 @@ def test_the_same_bits_under_jit(spec):
     want = jom.compress({"a": W, "b": W}, recipe)
     params = {n: spread(W, spec, AxisType.Auto) for n in "ab"}
     assert leaf_bits(jax.jit(lambda p: jom.compress(p, recipe))(params)) == leaf_bits(want)
-
-
-@pytest.mark.parametrize("spec", [ROWS, COLUMNS], ids=["rows", "columns"])
-@pytest.mark.parametrize("encoder", [quant.Int(bits=4), quant.Int(bits=8, symmetric=False)])
-def test_the_same_bits_on_a_mesh_of_explicit_axes(encoder, spec):
-    want = encoder(W)
-    got = encoder(spread(W, spec, AxisType.Explicit))
-    assert leaf_bits(got) == leaf_bits(want)
-    assert bits(got.materialize()) == bits(want.materialize())
 
 
 def test_a_stack_over_the_devices():
@@ -128,11 +240,3 @@ def test_what_is_trained_is_divided_with_its_tensor():
     x = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
     got = jom.simulate(lambda p, x: f(p["rows"], x))({"rows": latents["rows"]}, x)
     np.testing.assert_allclose(got, x @ one[0]["rows"], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.full
-def test_global_plans_are_the_same():
-    params = {"a": W, "b": W[:, :24] * 0.5}
-    want = prune.allocate_global(params, sparsity=0.9)
-    sharded = {k: spread(v, ROWS, AxisType.Auto) for k, v in params.items()}
-    assert prune.allocate_global(sharded, sparsity=0.9) == want
