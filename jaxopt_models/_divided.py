@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._axes import Axes
+from ._bits import dtype_bits
 from ._encoded import Encoded
 
 Run = Callable[..., Encoded]
@@ -81,6 +83,34 @@ def on_outputs(spec: PartitionSpec, shape: tuple[int, ...], axes: Axes) -> Parti
     return on_one_axis(spec, axes.stack, largest)
 
 
+def moved(x: jax.Array, mesh: Any, *specs: PartitionSpec) -> jax.Array:
+    """Pins an array to partitions, one after another; what travels between them is as stored.
+
+    Integers that are smaller than a byte are sent as bytes: XLA would widen 4 bits to 8, and where
+    a CPU sends 2 bits it writes beyond their memory.
+
+    Args:
+      x: the array.
+      mesh: the devices.
+      *specs: the partitions.
+    """
+    shape, dtype = x.shape, x.dtype
+    each = 8 // min(8, dtype_bits(dtype))
+    small = each > 1 and x.ndim > 0
+    parts = [counts_of(s, x.ndim, mesh.shape)[-1] for s in specs] if small else []
+    whole = small and all(shape[-1] % (each * n) == 0 for n in parts)
+    if whole:
+        x = x.reshape(*shape[:-1], shape[-1] // each, each)
+        x = jax.lax.bitcast_convert_type(x, jnp.uint8)
+    elif small and jnp.issubdtype(dtype, jnp.integer):
+        x = x.astype(jnp.int8)
+    for spec in specs:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    if whole:
+        x = jax.lax.bitcast_convert_type(x, dtype).reshape(shape)
+    return x.astype(dtype)
+
+
 def encode_divided(
     encoder: Any, run: Run, sharding: NamedSharding, axes: Axes, w: Any, *rest: Any
 ) -> Encoded:
@@ -103,20 +133,19 @@ def encode_divided(
     stored = jax.eval_shape(functools.partial(run, encoder), *plain)
     specs = specs_of(stored, spec, mesh)
     within = encoder.partition(spec, shape, axes)
+    # Codes are found as the tensor is divided meanwhile, and moved when they are packed.
+    found = [specs] if within == spec else [*_specs(stored, within, mesh), specs]
+    steps = tuple(tuple(jax.tree.leaves(s)) for s in found)
     if isinstance(w, jax.core.Tracer):
         shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
 
         def traced(w: Any, *rest: Any) -> Encoded:
             here = NamedSharding(jax.sharding.get_abstract_mesh(), within)
-            w = jax.lax.with_sharding_constraint(w, here)
-            return run(encoder.over(here), w, *rest)
+            return _encoded(encoder, run, here, steps, w, *rest)
 
         return jax.sharding.auto_axes(traced, out_sharding=shardings)(w, *rest)
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    # Codes are found as the tensor is divided meanwhile, and moved when they are packed.
-    steps = [specs] if within == spec else [*_specs(stored, within, mesh), specs]
-    flat = tuple(tuple(jax.tree.leaves(s)) for s in steps)
-    program = _program(encoder, run, NamedSharding(auto, within), flat)
+    program = _program(encoder, run, NamedSharding(auto, within), steps)
     leaf = program(*jax.tree.map(lambda x: _on(x, mesh, auto), (w, *rest)))
     if AxisType.Explicit not in mesh.axis_types:
         return leaf
@@ -146,17 +175,22 @@ def _program(
     encoder: Any, run: Run, within: NamedSharding, steps: tuple[tuple[PartitionSpec, ...], ...]
 ) -> Callable[..., Encoded]:
     """Returns the compiled program for one encoder, its partition, and those of the parts."""
+    return jax.jit(functools.partial(_encoded, encoder, run, within, steps))
 
-    @jax.jit
-    def program(w: jax.Array, *rest: Any) -> Encoded:
-        w = jax.lax.with_sharding_constraint(w, within)
-        parts, treedef = jax.tree.flatten(run(encoder.over(within), w, *rest))
-        for specs in steps:
-            shardings = [NamedSharding(within.mesh, s) for s in specs]
-            parts = jax.lax.with_sharding_constraint(parts, shardings)
-        return jax.tree.unflatten(treedef, parts)
 
-    return program
+def _encoded(
+    encoder: Any,
+    run: Run,
+    within: NamedSharding,
+    steps: Sequence[Sequence[PartitionSpec]],
+    w: jax.Array,
+    *rest: Any,
+) -> Encoded:
+    """Encodes a tensor in one partition, and pins the parts to theirs."""
+    w = jax.lax.with_sharding_constraint(w, within)
+    parts, treedef = jax.tree.flatten(run(encoder.over(within), w, *rest))
+    every = zip(parts, *steps, strict=True)
+    return jax.tree.unflatten(treedef, [moved(x, within.mesh, *specs) for x, *specs in every])
 
 
 def specs_of(leaf: Encoded, spec: PartitionSpec, mesh: Any) -> Encoded:

@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from .._axes import Axes
-from .._bits import dtype_bits
 from .._call import check_function, finish, take_apart, trace
 from .._compress import encode
-from .._divided import full_spec, mesh_axes, shard_shape, without
+from .._divided import full_spec, mesh_axes, moved, shard_shape, without
 from .._encoded import Encoded, is_encoded, leaf, static
 from .._encoder import Encoder
 from .._paths import flatten
@@ -217,8 +215,7 @@ class Spread(Encoded):
         spec = PartitionSpec(*self.spec[len(self.spec) - len(x.shape) :])
         left = PartitionSpec(*(without(entry, (self.axis,)) for entry in spec))
         here = _specs(x, spec, self.mesh), _specs(x, left, self.mesh)
-        move = functools.partial(_gather, mesh=self.mesh)
-        return jax.tree.map(lambda *given: move(*given), x, *here)
+        return jax.tree.map(lambda part, *specs: moved(part, self.mesh, *specs), x, *here)
 
 
 def _specs(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
@@ -227,24 +224,6 @@ def _specs(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
         return spec
     found = x.specs(spec, shard_shape(x.shape, spec, mesh.shape)) if mesh_axes(spec) else None
     return jax.tree.map(lambda _: PartitionSpec(), x) if found is None else found
-
-
-def _gather(x: jax.Array, divided: PartitionSpec, whole: PartitionSpec, mesh: Mesh) -> jax.Array:
-    counts = dict(mesh.shape)
-    divided = PartitionSpec(*full_spec(divided, x.ndim))
-    each = 8 // min(8, dtype_bits(x.dtype))
-    # XLA widens what is smaller than a byte before it sends it.
-    squeezed = each > 1 and x.ndim > 0
-    squeezed = squeezed and shard_shape(x.shape, divided, counts)[-1] % each == 0
-    shape, dtype = x.shape, x.dtype
-    if squeezed:
-        x = x.reshape(*shape[:-1], shape[-1] // each, each)
-        x = jax.lax.bitcast_convert_type(x, jnp.uint8)
-    for spec in (divided, whole):
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-    if squeezed:
-        x = jax.lax.bitcast_convert_type(x, dtype).reshape(shape)
-    return x
 
 
 def _dense(x: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._bits import array_bits
-from .._divided import without
+from .._divided import moved, without
 from .._paths import flatten
 from ._dense import check_spec
 from ._shard import shardings_of
@@ -106,7 +106,7 @@ def as_stored(fn: Callable[..., Any], placed: Any, over: Sequence[str]) -> Calla
         spec = PartitionSpec(*(without(a, over) for a in part.sharding.spec))
         if spec == part.sharding.spec:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(part.sharding.mesh, spec))
+        return moved(x, part.sharding.mesh, part.sharding.spec, spec)
 
     def run(params: Any, *args: Any) -> Any:
         leaves = treedef.flatten_up_to(params)
