@@ -43,6 +43,7 @@ from ._stream import compress_checkpoint as compress_checkpoint
 from ._tensor import tensor as tensor
 from ._timetable import Phase as Phase
 from ._timetable import Timetable as Timetable
+from ._to_orbax import to_orbax as to_orbax
 from ._topology import Chip as Chip
 from ._topology import Topology as Topology
 from ._topology import chips as chips

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxopt_models as jom
-from jaxopt_models import distill, parallel, quant
+from jaxopt_models import _spread, distill, parallel, quant
 from jaxopt_models.parallel import _sections
 
 RNG = np.random.default_rng(0)
@@ -77,6 +77,16 @@ def distilled(mesh):
     )  # fmt: skip
 
 
+def divided(mesh):
+    """Codes of parameters that lie over the devices of all processes."""
+    placed = parallel.shard(PARAMS, mesh, [("a/kernel", PartitionSpec(None, "data"))])
+    small = jom.compress(placed, [jom.Rule("a/kernel", quant.Int(bits=2, group=16))])
+    leaf = small["a"]["kernel"]
+    assert len(leaf.codes.addressable_shards) == 4 // COUNT
+    assert leaf.codes.sharding.shard_shape(leaf.codes.shape) == (WIDE, HIDDEN // 4)
+    return [_spread.on_host(x) for x in (leaf.integers(), leaf.scale)]
+
+
 def streamed():
     """A checkpoint compressed from file to file."""
     encode, seen = _sections._encode, []
@@ -110,8 +120,13 @@ def main():
             done = distilled(mesh)
             found["student"] = np.asarray(done.state.student["a"]["kernel"])
             found["loss"] = np.asarray(done.history.column("loss"))
+        if "shard" in ASKED["work"]:
+            found["two_bits"], found["two_bits_scale"] = divided(mesh)
         if "stream" in ASKED["work"]:
             streamed()
+        if "orbax" in ASKED["work"]:
+            file = os.path.join(ASKED["folder"], "small")
+            parallel.to_orbax(f"{file}.jom", f"{file}.orbax", progress=False)
     if ME == 0:
         np.savez(os.path.join(ASKED["folder"], "found.npz"), **found)
 
