@@ -77,8 +77,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """
     kind, path = find_checkpoint(path)
     if kind == "orbax":
-        with OrbaxTree(path) as tree:
-            return tree.read()
+        return OrbaxTree(path).read()
     return artifact.load(path) if kind == "artifact" else nest(_views(spans(path)), path)
 
 

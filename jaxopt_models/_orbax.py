@@ -27,12 +27,7 @@ class OrbaxTree:
         self.folder = folder
         self._ocp = ocp
         self._where = epath.Path(os.path.abspath(folder))
-        self._handler = ocp.PyTreeCheckpointHandler()
-        try:
-            about = self._checked(lambda: self._handler.metadata(self._where).tree)
-        except ValueError:
-            self._handler.close()
-            raise
+        about = self._checked(lambda handler: handler.metadata(self._where).tree)
         #: What Orbax says of each leaf, arrays with `shape` and `dtype`, and their tree.
         self.about, self.treedef = jax.tree.flatten(about)
 
@@ -50,22 +45,19 @@ class OrbaxTree:
     def _restore(self, item: Any) -> Any:
         args = self.treedef.unflatten([self._host(about) for about in self.about])
         restore = self._ocp.args.PyTreeRestore(item=item, restore_args=args)
-        return self._checked(lambda: self._handler.restore(self._where, args=restore))
+        return self._checked(lambda handler: handler.restore(self._where, args=restore))
 
     def _host(self, about: Any) -> Any:
         return self._ocp.RestoreArgs(restore_type=np.ndarray if hasattr(about, "dtype") else None)
 
-    def _checked(self, read: Callable[[], Any]) -> Any:
+    def _checked(self, read: Callable[[Any], Any]) -> Any:
+        handler = self._ocp.PyTreeCheckpointHandler()
         try:
-            return read()
+            return read(handler)
         except Exception as e:  # each store has errors of its own, of no common type
             what = " ".join(str(e).split())
             raise ValueError(
                 f"{self.folder}: Orbax cannot read it: {type(e).__name__}: {what:.300}"
             ) from e
-
-    def __enter__(self) -> OrbaxTree:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handler.close()
+        finally:
+            handler.close()

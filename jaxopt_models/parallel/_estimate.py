@@ -17,7 +17,7 @@ from .._jaxpr import bodies
 from .._products import multiply_adds
 from ._layouts import Layout, as_stored, place_inputs, place_params, shard_bytes
 from ._plan import Estimate, Plan
-from ._program import Collective, as_module, collectives
+from ._program import Collective, as_module, collectives, messages
 from ._topology import Chip, Topology, of_mesh, topology
 from ._work import work
 
@@ -204,10 +204,7 @@ def launches(found: Sequence[Collective]) -> list[list[Collective]]:
 def seconds_of(launch: Sequence[Collective], place: Topology) -> float:
     """Returns how long arrays take that are sent at once, all times together."""
     first, chip = launch[0], place.chip
-    n = first.devices
-    rounds = 1 if first.kind == "collective-permute" else place.hops(n)
-    rounds *= 2 if first.kind == "all-reduce" else 1
-    late = first.times * rounds * chip.hop if n > 1 else 0.0
+    late = first.times * messages(first.kind, place.hops(first.devices)) * chip.hop
     return sum(c.sent for c in launch) / chip.ring + late
 
 

@@ -57,7 +57,7 @@ class Collective:
     @property
     def steps(self) -> int:
         """Messages that a device sends one after another, all times together, in a ring."""
-        return self.times * ring_steps(self.kind, self.devices)
+        return self.times * messages(self.kind, self.devices - 1)
 
 
 def ring_share(kind: str, n: int) -> float:
@@ -71,11 +71,11 @@ def ring_share(kind: str, n: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n
 
 
-def ring_steps(kind: str, n: int) -> int:
-    """Returns how many messages follow each other in a ring of ``n`` devices."""
+def messages(kind: str, hops: int) -> int:
+    """Returns how many messages follow each other where ``hops`` of them pass all devices once."""
     if kind == "collective-permute":
-        return int(n > 1)
-    return (2 if kind == "all-reduce" else 1) * (n - 1)
+        return min(hops, 1)
+    return (2 if kind == "all-reduce" else 1) * hops
 
 
 def collectives(program: Any) -> tuple[Collective, ...]:
