@@ -17,7 +17,7 @@ from ._hosts import guard as guard
 from ._hosts import start as start
 from ._knowledge import teacher_student as teacher_student
 from ._knowledge import teachers as teachers
-from ._layouts import Layout as Layout
+from ._layout import Layout as Layout
 from ._loops import ticks as ticks
 from ._outputs import mean as mean
 from ._outputs import vote as vote

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from .._accelerate import accelerate, simulate
 from .._bits import dtype_bits
-from ._layout import Layout, by_dtype, by_partition
+from ._arrangement import Arrangement, by_dtype, by_partition
 from ._slices import Slices, no_mesh, one_of
 
 
@@ -32,7 +32,7 @@ class Apart:
 
     Args:
       buffers: the arrays; ``None`` where this is a half of :meth:`split`.
-      layout: where the leaves of each member lie in them.
+      arrangement: where the leaves of each member lie in them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -44,7 +44,7 @@ class Apart:
     """
 
     buffers: tuple[Any, ...]
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    arrangement: Arrangement = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, members: Sequence[Any], mesh: jax.sharding.Mesh, *, axis: str) -> Apart:
@@ -72,11 +72,11 @@ class Apart:
         Raises:
           ValueError: if another process holds one of them.
         """
-        count = len(self.layout.members)
+        count = len(self.arrangement.members)
         held = [[_member(b, i) for b in self.buffers] for i in range(count)]
         traced = any(isinstance(b, jax.core.Tracer) for b in self.buffers)
         with contextlib.nullcontext() if traced else no_mesh():
-            return [_taken_apart(self.layout, i, parts) for i, parts in enumerate(held)]
+            return [_taken_apart(self.arrangement, i, parts) for i, parts in enumerate(held)]
 
     def held(self) -> tuple[Any, ...]:
         """Returns what one device holds, inside of `jax.shard_map`: the buffers of its member."""
@@ -88,25 +88,25 @@ class Apart:
         Roles are those of the members' leaves, not data types. `jax.grad` and optimizers that work
         entry by entry take the first half; :func:`jaxopt_models.combine` puts both together.
         """
-        halves = [self.layout.half(self.buffers, trained=t) for t in (True, False)]
-        return Apart(halves[0], self.layout), Apart(halves[1], self.layout)
+        halves = [self.arrangement.half(self.buffers, trained=t) for t in (True, False)]
+        return Apart(halves[0], self.arrangement), Apart(halves[1], self.arrangement)
 
     @property
     def bytes_each(self) -> int:
         """Bytes on each device, padding included."""
-        held = zip(self.layout.buffers, self.buffers, strict=True)
+        held = zip(self.arrangement.buffers, self.buffers, strict=True)
         bits = [math.prod(b.shape) * dtype_bits(b.dtype) for b, v in held if v is not None]
         return sum(-(-n // 8) for n in bits)
 
     def __repr__(self) -> str:
         inside = ", ".join("None" if b is None else f"{b.dtype}{[*b.shape]}" for b in self.buffers)
-        return f"Apart({len(self.layout.members)} members; {inside})"
+        return f"Apart({len(self.arrangement.members)} members; {inside})"
 
 
 def place(members: Any, slices: Slices, *, name: str = "members") -> Apart:
     """Returns members apart on the slices of a mesh; what is apart already stays as it is."""
     if isinstance(members, Apart):
-        slices.listed(members.layout.members, name)
+        slices.listed(members.arrangement.members, name)
         return members
     trees = slices.listed(members, name)
     for i, tree in enumerate(trees):
@@ -117,35 +117,35 @@ def place(members: Any, slices: Slices, *, name: str = "members") -> Apart:
                     f"{type(x).__name__}; members are trees of arrays: split a module first, "
                     "fn, params = jaxopt_models.functional(module)"
                 )
-    layout = Layout.of(trees, roles=by_partition)
+    arrangement = Arrangement.of(trees, roles=by_partition)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
-        packed = [_put_together(layout, i, tree) for i, tree in enumerate(trees)]
+        packed = [_put_together(arrangement, i, tree) for i, tree in enumerate(trees)]
         whole = [jnp.concatenate(parts) for parts in zip(*packed, strict=True)]
         held = [jax.lax.with_sharding_constraint(x, slices.apart) for x in whole]
-        return Apart(tuple(held), layout)
-    there: list[list[jax.Array]] = [[] for _ in layout.buffers]
+        return Apart(tuple(held), arrangement)
+    there: list[list[jax.Array]] = [[] for _ in arrangement.buffers]
     with no_mesh():
         for i, tree in enumerate(trees):
-            for arrays, x in zip(there, _put_together(layout, i, tree), strict=True):
+            for arrays, x in zip(there, _put_together(arrangement, i, tree), strict=True):
                 arrays += [jax.device_put(x, device) for device in slices.devices(i)]
     found = [
         jax.make_array_from_single_device_arrays(
             (slices.count, *buffer.shape), slices.apart, arrays, dtype=buffer.dtype
         )
-        for buffer, arrays in zip(layout.buffers, there, strict=True)
+        for buffer, arrays in zip(arrangement.buffers, there, strict=True)
     ]
-    return Apart(tuple(found), layout)
+    return Apart(tuple(found), arrangement)
 
 
 # One program for each member, as its leaves would be as many for each device.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _put_together(layout: Layout, i: int, tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[None], layout.pack(tree, i))
+def _put_together(arrangement: Arrangement, i: int, tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], arrangement.pack(tree, i))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _taken_apart(layout: Layout, i: int, rows: Any) -> Any:
-    return layout.unpack([None if x is None else x[0] for x in rows], i)
+def _taken_apart(arrangement: Arrangement, i: int, rows: Any) -> Any:
+    return arrangement.unpack([None if x is None else x[0] for x in rows], i)
 
 
 def _member(buffer: Any, i: int) -> Any:
@@ -239,25 +239,25 @@ def run_apart(
     """Returns :func:`apart` of functions that take compressed parameters."""
 
     def shown(*args: Any) -> list[Any]:
-        layouts = [a.layout for a in args if isinstance(a, Apart)]
-        same = one_of(runs) and all(layout.uniform for layout in layouts)
+        arrangements = [a.arrangement for a in args if isinstance(a, Apart)]
+        same = one_of(runs) and all(arrangement.uniform for arrangement in arrangements)
 
         def run(i: int, *args: Any) -> Any:
-            own = [a.layout.unpack(a.held(), i) if isinstance(a, Apart) else a for a in args]
+            own = [a.arrangement.unpack(a.held(), i) if isinstance(a, Apart) else a for a in args]
             return runs[i](*own)
 
         outs = [jax.eval_shape(lambda *a, i=i: run(i, *a), *args) for i in range(slices.count)]
         _check_rows(outs, args, slices)
-        layout = Layout.of(outs, roles=by_dtype)
+        arrangement = Arrangement.of(outs, roles=by_dtype)
 
         def packed(i: int, *args: Any) -> Any:
-            return layout.pack(run(i, *args), i)
+            return arrangement.pack(run(i, *args), i)
 
         # Derivatives of a switch keep room for what each of its branches keeps.
         go = jax.checkpoint(packed, static_argnums=0) if learn and not same else packed
         here = slices.branch(go, *args, same=same)
         whole = [jax.lax.all_gather(b, slices.axis) for b in here]
-        return [layout.unpack([b[i] for b in whole], i) for i in range(slices.count)]
+        return [arrangement.unpack([b[i] for b in whole], i) for i in range(slices.count)]
 
     @jax.jit
     def run(*args: Any) -> Any:
@@ -299,5 +299,5 @@ def held_apart(members: Any, slices: Slices) -> Apart:
             f"{slices.who}: parameters are {type(members).__name__}; put them on their devices "
             f"once: parallel.Apart.of(list_of_params, mesh, axis={slices.axis!r})"
         )
-    slices.listed(members.layout.members, "members")
+    slices.listed(members.arrangement.members, "members")
     return members

@@ -17,7 +17,7 @@ from ._atoms import CONSTANT, DATA, PARAMETER, Axis, Use, Value, fix, fresh, joi
 
 
 @dataclasses.dataclass
-class Axes:
+class Followed:
     """What is known of the axes of a program.
 
     Args:
@@ -33,7 +33,7 @@ class Axes:
     uses: list[Use]
 
 
-def axes_of(fn: Callable[..., Any], params: Any, args: Any, *, who: str) -> Axes:
+def axes_of(fn: Callable[..., Any], params: Any, args: Any, *, who: str) -> Followed:
     """Traces a call on shapes, and returns what is known of its axes.
 
     Args:
@@ -44,7 +44,7 @@ def axes_of(fn: Callable[..., Any], params: Any, args: Any, *, who: str) -> Axes
     """
     leaves = [p for p in flatten(params)[0] if is_encoded(p.value) or hasattr(p.value, "dtype")]
     frame, arrays = take_apart(params, args, {})
-    found: list[Axes] = []
+    found: list[Followed] = []
 
     def look(arrays: list[Any]) -> None:
         program = trace(fn, frame, arrays, who=who, every=True)
@@ -54,7 +54,7 @@ def axes_of(fn: Callable[..., Any], params: Any, args: Any, *, who: str) -> Axes
     return found[0]
 
 
-def _followed(program: Any, leaves: list[Parameter]) -> Axes:
+def _followed(program: Any, leaves: list[Parameter]) -> Followed:
     t = _Tracing()
     variables = program.jaxpr.invars
     start = []
@@ -78,7 +78,7 @@ def _followed(program: Any, leaves: list[Parameter]) -> Axes:
             continue
         for a, b in zip(out[i].axes, given.axes, strict=True):
             join(a, b, "it is returned cut in another way")
-    return Axes(leaves, values, t.every, t.uses)
+    return Followed(leaves, values, t.every, t.uses)
 
 
 def _same(

@@ -15,7 +15,7 @@ from .._call import check_function, take_apart
 from .._encoded import is_encoded
 from .._jaxpr import bodies
 from .._products import multiply_adds
-from ._layouts import Layout, as_stored, place_inputs, place_params, shard_bytes
+from ._layout import Layout, as_stored, place_inputs, place_params, shard_bytes
 from ._plan import Estimate, Plan
 from ._program import Collective, as_module, collectives, messages
 from ._topology import Chip, Topology, of_mesh, topology

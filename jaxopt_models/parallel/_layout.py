@@ -1,262 +1,129 @@
-"""How trees of different structures become arrays of one shape: what SPMD programs can hold."""
+"""How a program's arrays are divided over the devices it is planned for."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._partition import partition
-
-_HOLES: dict[str, Any] = {"is_leaf": lambda x: x is None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """An array that every member has: a leaf common to all, or a vector of its other leaves.
-
-    Args:
-      trained: whether :func:`jaxopt_models.partition` hands its leaves to an optimizer.
-      dtype: of its entries; members' leaves of one buffer have one data type.
-      shape: without the axis of members.
-      common: whether it holds one leaf of the same shape for each member.
-    """
-
-    trained: bool
-    dtype: Any
-    shape: tuple[int, ...]
-    common: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """Where a leaf of a member lies.
-
-    Args:
-      buffer: number of the buffer.
-      start: first entry in a vector; 0 in a buffer that holds this leaf alone.
-      shape: of the leaf, as it is stored.
-      key: how a random key is made of what is stored; ``None`` for arrays.
-    """
-
-    buffer: int
-    start: int
-    shape: tuple[int, ...]
-    key: str | None
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return _size(self.shape)
+from .._bits import array_bits
+from .._divided import moved, without
+from .._paths import flatten
+from ._dense import check_spec
+from ._shard import shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the leaves of several trees lie in buffers of the same shape for each.
-
-    Leaves that all members have, by role, data type and shape, are buffers of their own; the
-    others of a member are laid end to end in one vector a role and data type, as long as that of
-    the longest member. So members of one structure are stored as they are, and all others with
-    no more padding than the longest needs.
+    """How parameters and arguments are divided.
 
     Args:
-      members: for each its structure, and the slots of its leaves (``None`` for a hole).
-      buffers: what there is on each device.
+      axes: sizes of the mesh's axes by name, the last being neighbours; one may be -1, for all
+        devices that are left. ``None``: those of the mesh that is planned for.
+      rules: how parameters are divided, as for :func:`shardings`.
+      inputs: a `PartitionSpec` for each argument after ``params``, or a tree of them; ``None``:
+        the first axis of every array is divided over all axes named in ``batch``.
+      batch: the axis, or axes, of the data; default: the first axis of the mesh.
+      gather: whether parameters that are divided over the axes of the data are put together again
+        as they are stored, so that codes travel and not what they stand for.
+      name: in tables; default: made of the axes.
     """
 
-    members: tuple[tuple[Any, tuple[Slot | None, ...]], ...]
-    buffers: tuple[Buffer, ...]
+    axes: Mapping[str, int] | None = None
+    rules: Any = ()
+    inputs: Any = None
+    batch: str | tuple[str, ...] | None = None
+    gather: bool = True
+    name: str = ""
 
-    # Layouts are part of the structure of trees, which JAX hashes in each call.
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.members, self.buffers))
+    def over(self, mesh: Mesh) -> tuple[str, ...]:
+        """Returns the axes of the data."""
+        if self.batch is None:
+            return (mesh.axis_names[0],)
+        return (self.batch,) if isinstance(self.batch, str) else tuple(self.batch)
 
-    def __hash__(self) -> int:
-        return self._hash
+    def called(self, mesh: Mesh) -> str:
+        """Returns its name."""
+        return self.name or " x ".join(f"{a} {n}" for a, n in mesh.shape.items())
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all members have one structure, so that one program serves them."""
-        return all(m == self.members[0] for m in self.members)
 
-    @classmethod
-    def of(cls, trees: Sequence[Any], *, roles: Callable[[Any], list[bool]]) -> Layout:
-        """Lays out trees of arrays or shape-dtype structs.
+def place_params(tree: Any, mesh: Mesh, rules: Any, who: str) -> Any:
+    """Returns the shapes of parameters with the sharding of each part.
 
-        Args:
-          trees: of the members.
-          roles: from a tree to whether each leaf is trained, holes counted.
-        """
-        flat = [jax.tree.flatten(tree, **_HOLES) for tree in trees]
-        kinds = [
-            [None if x is None else _kind(x, t) for x, t in zip(leaves, roles(tree), strict=True)]
-            for tree, (leaves, _) in zip(trees, flat, strict=True)
-        ]
-        counts = [collections.Counter(k[:3] for k in ks if k is not None) for ks in kinds]
-        common = functools.reduce(lambda a, b: a & b, counts)
-        buffers, first = [], {}
-        for (trained, dtype, shape), n in common.items():
-            first[trained, dtype, shape] = len(buffers)
-            buffers += [Buffer(trained, dtype, shape, True)] * n
-        longest: dict[Any, int] = {}
-        rest = []
-        for ks in kinds:
-            taken: collections.Counter = collections.Counter()
-            lengths: dict[Any, int] = {}
-            places: list[Any] = []
-            for kind in ks:
-                if kind is None:
-                    places.append(None)
-                    continue
-                trained, dtype, shape, key = kind
-                if taken[kind[:3]] < common[kind[:3]]:
-                    places.append((first[kind[:3]] + taken[kind[:3]], 0, shape, key))
-                    taken[kind[:3]] += 1
-                    continue
-                vector = trained, dtype
-                places.append((vector, lengths.get(vector, 0), shape, key))
-                lengths[vector] = lengths.get(vector, 0) + _size(shape)
-            for vector, n in lengths.items():
-                longest[vector] = max(longest.get(vector, 0), n)
-            rest.append(places)
-        vectors = {v: len(buffers) + i for i, v in enumerate(longest)}
-        buffers += [Buffer(t, dtype, (n,), False) for (t, dtype), n in longest.items()]
-        members = tuple(
-            (
-                treedef,
-                tuple(None if p is None else Slot(vectors.get(p[0], p[0]), *p[1:]) for p in ps),
-            )
-            for (_, treedef), ps in zip(flat, rest, strict=True)
-        )
-        return cls(members, tuple(buffers))
+    Raises:
+      TypeError, ValueError: as :func:`shardings`.
+    """
+    return jax.tree.map(_struct, tree, shardings_of(tree, mesh, rules, who))
 
-    def pack(self, tree: Any, i: int, *, trained: bool | None = None) -> tuple[Any, ...]:
-        """Returns the buffers of one member, without the axis of members.
 
-        Args:
-          tree: of the structure of member ``i``.
-          i: its number.
-          trained: one half of the tree alone; the buffers of the other are ``None``.
+def _struct(x: Any, sharding: NamedSharding) -> Any:
+    if not hasattr(x, "dtype"):
+        return x
+    return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=sharding)
 
-        Raises:
-          ValueError: if the tree has another structure than it had.
-        """
-        treedef, slots = self.members[i]
-        leaves, got = jax.tree.flatten(tree, **_HOLES)
-        if got != treedef:
-            raise ValueError(f"member {i} changed its structure from\n  {treedef}\nto\n  {got}")
-        inside: list[list[Any]] = [[] for _ in self.buffers]
-        for slot, x in zip(slots, leaves, strict=True):
-            if slot is None or trained not in (None, self.buffers[slot.buffer].trained):
-                continue
-            buffer = self.buffers[slot.buffer]
-            x = stored(x)
-            if x.dtype != buffer.dtype or x.shape != slot.shape:
-                raise ValueError(
-                    f"a leaf of member {i} changed from {buffer.dtype}{list(slot.shape)} to "
-                    f"{x.dtype}{list(x.shape)}; what goes in must come out"
-                )
-            inside[slot.buffer].append(x if buffer.common else x.ravel())
-        found: list[Any] = []
-        for buffer, parts in zip(self.buffers, inside, strict=True):
-            if trained not in (None, buffer.trained):
-                found.append(None)
-            elif buffer.common:
-                found.append(parts[0])
-            else:
-                short = buffer.shape[0] - sum(p.size for p in parts)
-                padding = [jnp.zeros(short, buffer.dtype)] if short or not parts else []
-                found.append(jnp.concatenate(parts + padding))
-        return tuple(found)
 
-    def unpack(self, buffers: Sequence[Any], i: int) -> Any:
-        """Returns the tree of one member, holes where a buffer is ``None``."""
-        treedef, slots = self.members[i]
-        pieces: dict[int, list[Any]] = {}
-        for number, (buffer, value) in enumerate(zip(self.buffers, buffers, strict=True)):
-            if value is None or buffer.common:
-                continue
-            sizes = [s.size for s in slots if s is not None and s.buffer == number]
-            padding = buffer.shape[0] - sum(sizes)
-            # Its transpose is one concatenation, where that of slices is a sum of padded arrays.
-            pieces[number] = list(jax.lax.split(value, [*sizes, padding] if padding else sizes))
-        leaves = []
-        for slot in slots:
-            if slot is None or buffers[slot.buffer] is None:
-                leaves.append(None)
-                continue
-            buffer = self.buffers[slot.buffer]
-            x = buffers[slot.buffer] if buffer.common else pieces[slot.buffer].pop(0)
-            x = x.reshape(slot.shape)
-            leaves.append(x if slot.key is None else jax.random.wrap_key_data(x, impl=slot.key))
-        return treedef.unflatten(leaves)
+def place_inputs(args: Sequence[Any], mesh: Mesh, layout: Layout, who: str) -> list[Any]:
+    """Returns the shapes of arguments with their shardings.
 
-    def unpack_all(self, buffers: Sequence[Any]) -> Any:
-        """Returns the tree of all members of one structure, with leaves `[members, ...]`."""
-        treedef, slots = self.members[0]
-        return treedef.unflatten([None if s is None else buffers[s.buffer] for s in slots])
+    Raises:
+      ValueError: for specs of another number, or arrays that do not divide.
+    """
+    given = layout.inputs
+    if isinstance(given, PartitionSpec):
+        raise TypeError(f"{who}: inputs is {given}; give a list, one PartitionSpec an argument")
+    if given is not None and len(given) != len(args):
+        raise ValueError(f"{who}: inputs has {len(given)} specs for {len(args)} arguments")
+    default = PartitionSpec(layout.over(mesh))
+    placed = []
+    for i, arg in enumerate(args):
 
-    def struct(self, i: int) -> Any:
-        """Returns the shapes and data types of a member."""
-        buffers = [jax.ShapeDtypeStruct(b.shape, b.dtype) for b in self.buffers]
-        return jax.eval_shape(lambda *b: self.unpack(b, i), *buffers)
+        def put(spec: Any, tree: Any, i: int = i) -> Any:
+            def one(keys: Any, x: Any) -> Any:
+                if not hasattr(x, "dtype"):
+                    return x
+                here = spec if given is not None or x.shape else PartitionSpec()
+                where = f"{who}: argument {i} after params{jax.tree_util.keystr(keys)}"
+                check_spec(where, tuple(x.shape), here, mesh)
+                return _struct(x, NamedSharding(mesh, here))
 
-    def zeros(self, *, trained: bool | None = None) -> tuple[Any, ...]:
-        """Returns buffers of zeros."""
-        return tuple(
-            jnp.zeros(b.shape, b.dtype) if trained in (None, b.trained) else None
-            for b in self.buffers
+            return jax.tree_util.tree_map_with_path(one, tree)
+
+        spec = default if given is None else given[i]
+        placed.append(jax.tree.map(put, spec, arg, is_leaf=lambda s: isinstance(s, PartitionSpec)))
+    return placed
+
+
+def as_stored(fn: Callable[..., Any], placed: Any, over: Sequence[str]) -> Callable[..., Any]:
+    """Returns a function whose parameters are first put together along some axes, as stored."""
+    parts, treedef = jax.tree.flatten(placed)
+
+    def whole(x: Any, part: Any) -> Any:
+        if not isinstance(part, jax.ShapeDtypeStruct):
+            return x
+        spec = PartitionSpec(*(without(a, over) for a in part.sharding.spec))
+        if spec == part.sharding.spec:
+            return x
+        return moved(x, part.sharding.mesh, part.sharding.spec, spec)
+
+    def run(params: Any, *args: Any) -> Any:
+        leaves = treedef.flatten_up_to(params)
+        return fn(
+            treedef.unflatten([whole(x, p) for x, p in zip(leaves, parts, strict=True)]), *args
         )
 
-    def half(self, buffers: Sequence[Any], *, trained: bool) -> tuple[Any, ...]:
-        """Returns one half of the buffers, ``None`` in the holes."""
-        return tuple(
-            v if b.trained == trained else None for b, v in zip(self.buffers, buffers, strict=True)
-        )
+    return run
 
 
-def both(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
-    """Returns the buffers of two halves."""
-    return tuple(y if x is None else x for x, y in zip(a, b, strict=True))
-
-
-def by_partition(tree: Any) -> list[bool]:
-    """Says which leaves :func:`jaxopt_models.partition` hands to an optimizer."""
-    return [x is not None for x in jax.tree.leaves(partition(tree)[0], **_HOLES)]
-
-
-def by_dtype(tree: Any) -> list[bool]:
-    """Says which leaves are floating: what derivatives pass through."""
-    return [
-        x is not None and jnp.issubdtype(x.dtype, jnp.floating)
-        for x in jax.tree.leaves(tree, **_HOLES)
-    ]
-
-
-def stored(x: Any) -> Any:
-    """Returns an array as it is stored: the data of a random key, all else as it is."""
-    return jax.random.key_data(x) if is_key(x) else jnp.asarray(x)
-
-
-def is_key(x: Any) -> bool:
-    """Says whether an array holds random keys."""
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _kind(x: Any, trained: bool) -> tuple[bool, Any, tuple[int, ...], str | None]:
-    key = str(jax.random.key_impl(x)) if is_key(x) else None
-    x = jax.eval_shape(stored, x)
-    return trained, jnp.dtype(x.dtype), tuple(x.shape), key
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+def shard_bytes(placed: Any) -> tuple[float, float]:
+    """Returns the bytes of parameters on one device, and of all of them once."""
+    here = whole = 0.0
+    for p in flatten(placed)[0]:
+        if p.reason:
+            continue
+        for x in jax.tree.leaves(p.value):
+            local = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+            here, whole = here + array_bits(local) / 8, whole + array_bits(x) / 8
+    return here, whole

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._layout import Layout, both, by_dtype
+from ._arrangement import Arrangement, both, by_dtype
 from ._slices import Slices, one_of
 
 
@@ -17,13 +17,13 @@ from ._slices import Slices, one_of
 class Line:
     """The stages, as seen by one device, while its program is traced.
 
-    What travels from stage to stage has one shape for all of them: the layout ``wire``, whose
+    What travels from stage to stage has one shape for all of them: the arrangement ``wire``, whose
     member `s` is what stage `s` hands to the next one. Stage 0 reads the batch instead.
 
     Args:
       slices: a stage on each.
       runs: the functions of the stages.
-      params: the layout of their parameters.
+      params: the arrangement of their parameters.
       wire: that of what travels.
       last: from the last stage's output and a micro-batch of targets to what is wanted.
       final: shapes of what is wanted.
@@ -34,8 +34,8 @@ class Line:
 
     slices: Slices
     runs: Sequence[Callable[..., Any]]
-    params: Layout
-    wire: Layout
+    params: Arrangement
+    wire: Arrangement
     last: Callable[[Any, Any], Any]
     final: Any
     inputs: Any
@@ -47,7 +47,7 @@ class Line:
         cls,
         slices: Slices,
         runs: Sequence[Callable[..., Any]],
-        params: Layout,
+        params: Arrangement,
         last: Callable[[Any, Any], Any],
         inputs: Any,
         targets: Any,
@@ -67,7 +67,7 @@ class Line:
                 e.add_note(f"{slices.who}: in stage {i} of {count}, whose input is {got}")
                 raise
             shapes.append(x)
-        wire = Layout.of(shapes[:-1] or [()], roles=by_dtype)
+        wire = Arrangement.of(shapes[:-1] or [()], roles=by_dtype)
         alike = [jax.tree.map(lambda s: (s.shape, s.dtype), s) for s in (first, *shapes)]
         same = count > 1 and params.uniform and one_of(runs) and one_of_value(alike)
         final = jax.eval_shape(last, x, told)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._layout import both
+from ._arrangement import both
 from ._line import Line
 from ._timetable import Timetable
 

@@ -17,8 +17,8 @@ from ..distill._network import Network, Seen
 from ..distill._state import Scheme, begin, taken_over
 from ..distill._teach import listed
 from ._apart import Apart, place
+from ._arrangement import Arrangement, by_dtype
 from ._knowledge import networks_of
-from ._layout import Layout, by_dtype
 from ._slices import Slices, no_mesh, one_of
 from ._steps import check_given
 
@@ -145,12 +145,12 @@ def mutual(
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state: PeersState, batch: Any) -> tuple[PeersState, dict[str, jax.Array]]:
         parts = state.trained, state.rest, state.opt, state.memories
-        layouts = [p.layout for p in parts]
-        metrics: list[Layout] = []
+        arrangements = [p.arrangement for p in parts]
+        metrics: list[Arrangement] = []
 
         def local(trained: Apart, rest: Apart, opt: Apart, memories: Apart, *more: Any) -> Any:
             held = [a.held() for a in (trained, rest, opt, memories)]
-            step = _Step(networks, losses, txs, slices, layouts, alike)
+            step = _Step(networks, losses, txs, slices, arrangements, alike)
             new, found = step.run(held, *more)
             metrics.append(found)
             return jax.tree.map(lambda x: x[None], new)
@@ -158,7 +158,7 @@ def mutual(
         spec = slices.apart.spec
         specs = (*[spec] * 4, *[PartitionSpec()] * 3)
         *new, values = slices.mapped(local, specs, spec)(*parts, batch, state.key, state.step)
-        apart = [Apart(b, layout) for b, layout in zip(new, layouts, strict=True)]
+        apart = [Apart(b, arrangement) for b, arrangement in zip(new, arrangements, strict=True)]
         done = PeersState(*apart, key=state.key, step=state.step + 1)
         if metrics[0].uniform:  # as they are: the numbers of each device stay there
             return done, metrics[0].unpack_all(values)
@@ -180,21 +180,23 @@ class _Step:
     losses: Sequence[Loss]
     txs: Sequence[tuple[Any, Any]]
     slices: Slices
-    layouts: Sequence[Layout]
+    arrangements: Sequence[Arrangement]
     alike: bool
 
-    def run(self, held: Any, batch: Any, key: jax.Array, step: jax.Array) -> tuple[Any, Layout]:
-        """Returns the new buffers and metrics, and the layout of metrics."""
+    def run(
+        self, held: Any, batch: Any, key: jax.Array, step: jax.Array
+    ) -> tuple[Any, Arrangement]:
+        """Returns the new buffers and metrics, and the arrangement of metrics."""
         count = self.slices.count
-        same = self.alike and all(layout.uniform for layout in self.layouts)
+        same = self.alike and all(arrangement.uniform for arrangement in self.arrangements)
 
         def show(i: int, held: Any) -> Seen:
-            (params, _), rest = (self.layouts[n].unpack(held[n], i) for n in (0, 1))
+            (params, _), rest = (self.arrangements[n].unpack(held[n], i) for n in (0, 1))
             seen = self.networks[i].look(combine(params, rest), batch, learn=True)
             return Seen(*jax.lax.stop_gradient((seen.out, seen.taps)))
 
         shapes = [jax.eval_shape(functools.partial(show, i), held) for i in range(count)]
-        shown = Layout.of(shapes, roles=by_dtype)
+        shown = Arrangement.of(shapes, roles=by_dtype)
         mine = self.slices.branch(lambda i, h: shown.pack(show(i, h), i), held, same=same)
         whole = [jax.lax.all_gather(b, self.slices.axis) for b in mine]
         here = jax.lax.axis_index(self.slices.axis)
@@ -207,7 +209,8 @@ class _Step:
 
         def learn(i: int, held: Any) -> Any:
             trained, rest, opt, memory = (
-                layout.unpack(h, i) for layout, h in zip(self.layouts, held, strict=True)
+                arrangement.unpack(h, i)
+                for arrangement, h in zip(self.arrangements, held, strict=True)
             )
             number = here if same else i
 
@@ -231,11 +234,14 @@ class _Step:
             return (moved, left, states, kept), {"loss": value, **told}
 
         told = [jax.eval_shape(functools.partial(learn, i), held)[1] for i in range(count)]
-        metrics = Layout.of(told, roles=by_dtype)
+        metrics = Arrangement.of(told, roles=by_dtype)
 
         def packed(i: int, held: Any) -> Any:
             new, told = learn(i, held)
-            parts = [layout.pack(t, i) for layout, t in zip(self.layouts, new, strict=True)]
+            parts = [
+                arrangement.pack(t, i)
+                for arrangement, t in zip(self.arrangements, new, strict=True)
+            ]
             return *parts, metrics.pack(told, i)
 
         return self.slices.branch(packed, held, same=same), metrics

@@ -134,7 +134,7 @@ def pipeline(
         check(x, "x")
 
         def local(members: Apart, x: Any) -> Any:
-            line = Line.of(slices, answers, members.layout, lambda out, _: out, divided(x), ())
+            line = Line.of(slices, answers, members.arrangement, lambda out, _: out, divided(x), ())
             done = forward(line, members.held())
             return jax.tree.map(lambda a: a.reshape(1, -1, *a.shape[2:]), done)
 
@@ -160,7 +160,9 @@ def pipeline(
 
             def local(trained: Apart, rest: Apart, x: Any, target: Any) -> Any:
                 a, b = trained.held(), rest.held()
-                line = Line.of(slices, learns, trained.layout, checked, divided(x), divided(target))
+                line = Line.of(
+                    slices, learns, trained.arrangement, checked, divided(x), divided(target)
+                )
                 if schedule == "gpipe":
                     value, grads = gpipe(line, a, b, remat=remat)
                 else:
@@ -173,7 +175,7 @@ def pipeline(
             spec = slices.apart.spec
             mapped = slices.mapped(local, (spec, spec, rows, rows), (PartitionSpec(), spec))
             value, grads = mapped(*members.split(), x, target)
-            return value, Apart(grads, members.layout)
+            return value, Apart(grads, members.arrangement)
 
         return lambda members, x, target: run(held_apart(members, slices), x, target)
 

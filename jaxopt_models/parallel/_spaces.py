@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._encoded import is_encoded
-from ._atom_walk import Axes, axis_of
+from ._atom_walk import Followed, axis_of
 from ._atoms import DATA, Atom, Use, flat
 from ._rules import why_not
 
@@ -55,7 +55,7 @@ def refused(x: Any, d: int, name: str, size: int) -> str:
     return why_not(x, PartitionSpec(*[None] * d, name), {name: size})
 
 
-def spaces_of(axes: Axes, name: str, size: int) -> list[Space]:
+def spaces_of(axes: Followed, name: str, size: int) -> list[Space]:
     """Returns all spaces of the parameters of a program; those with ``atom.why`` stay whole."""
     for value in axes.every:
         for axis in value.axes:
@@ -89,7 +89,7 @@ def spaces_of(axes: Axes, name: str, size: int) -> list[Space]:
     return list(spaces.values())
 
 
-def _recurrent(axes: Axes, i: int, space: Space) -> None:
+def _recurrent(axes: Followed, i: int, space: Space) -> None:
     """A kernel from a space to itself is divided by what it makes; its input is gathered."""
     value, path = axes.values[i], axes.parameters[i].path
     mine = [d for d, axis in enumerate(value.axes) if axis and flat(axis)[0] is space.atom]
@@ -118,7 +118,7 @@ def _meet(value: Any, spaces: dict[Atom, Space]) -> None:
             space.atom.fix("two axes of one value have it")
 
 
-def _weigh(axes: Axes, space: Space, name: str, size: int) -> None:
+def _weigh(axes: Followed, space: Space, name: str, size: int) -> None:
     atom, whole = space.atom, []
     if atom.size % size:
         atom.fix(f"{atom.size} does not divide by {size}")
@@ -135,7 +135,7 @@ def _weigh(axes: Axes, space: Space, name: str, size: int) -> None:
         atom.fix("it is an axis of an argument")
 
 
-def made_by(axes: Axes, space: Space) -> list[int]:
+def made_by(axes: Followed, space: Space) -> list[int]:
     """Returns the parameters that make a space: those that it is not summed over in."""
     summed = {path for use in space.uses if not gathers(use, space) for path in use.kernel.paths}
     return [i for i in space.members if axes.parameters[i].path not in summed]

@@ -132,14 +132,14 @@ def descend(
     Each device runs its member's optimizer on that member's parameters as a tree, so that it sees
     their shapes, and no other's.
     """
-    same = one_of(txs) and trained.layout.uniform and opt.layout.uniform
+    same = one_of(txs) and trained.arrangement.uniform and opt.arrangement.uniform
 
     def local(grads: Apart, opt: Apart, trained: Apart, value: jax.Array) -> Any:
         def run(i: int, *given: Any) -> Any:
-            g, o, t = (a.layout.unpack(a.held(), i) for a in given)
+            g, o, t = (a.arrangement.unpack(a.held(), i) for a in given)
             u, o = txs[i].update(g, o, t, value=value)
             t = optax.apply_updates(t, u)
-            return trained.layout.pack(t, i, trained=True), opt.layout.pack(o, i)
+            return trained.arrangement.pack(t, i, trained=True), opt.arrangement.pack(o, i)
 
         found = slices.branch(run, grads, opt, trained, same=same)
         return jax.tree.map(lambda x: x[None], found)
@@ -147,4 +147,4 @@ def descend(
     spec = slices.apart.spec
     mapped = slices.mapped(local, (spec, spec, spec, PartitionSpec()), spec)
     new, states = mapped(grads, opt, trained, value)
-    return Apart(new, trained.layout), Apart(states, opt.layout)
+    return Apart(new, trained.arrangement), Apart(states, opt.arrangement)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from .._call import check_function, name_of
 from .._options import whole
 from .._table import Table
-from ._atom_walk import Axes, axes_of, axis_of
+from ._atom_walk import Followed, axes_of, axis_of
 from ._atoms import Use, Value, flat
 from ._rules import Rules, devices_of, shortened
 from ._spaces import Space, bytes_of, chosen, gathers, made_by, refused, spaces_of
@@ -147,11 +147,11 @@ def _transfers(uses: Sequence[tuple[Use, str]]) -> list[tuple[Any, ...]]:
     return list(map(tuple, rows.values()))
 
 
-def _uses(axes: Axes, i: int) -> list[Use]:
+def _uses(axes: Followed, i: int) -> list[Use]:
     return [u for u in axes.uses if axes.parameters[i].path in u.kernel.paths]
 
 
-def _features(axes: Axes, name: str, size: int) -> dict[int, int]:
+def _features(axes: Followed, name: str, size: int) -> dict[int, int]:
     """Returns tables that are looked up, and which of their other axes can be divided."""
     found = {}
     for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
@@ -171,7 +171,7 @@ def _features(axes: Axes, name: str, size: int) -> dict[int, int]:
     return found
 
 
-def _whole_lookups(axes: Axes, i: int, kinds: dict[Use, str]) -> dict[str, PartitionSpec]:
+def _whole_lookups(axes: Followed, i: int, kinds: dict[Use, str]) -> dict[str, PartitionSpec]:
     """Notes what a table that is divided by features sends, and where its lookups are whole."""
     uses = _uses(axes, i)
     kinds |= {u: "all-gather" if u.lookup else "all-reduce" for u in uses}
@@ -180,14 +180,14 @@ def _whole_lookups(axes: Axes, i: int, kinds: dict[Use, str]) -> dict[str, Parti
     return {f"path:{axes.parameters[i].path}": PartitionSpec(*free, None)}
 
 
-def _only_looked_up(axes: Axes, space: Space, features: dict[int, int]) -> bool:
+def _only_looked_up(axes: Followed, space: Space, features: dict[int, int]) -> bool:
     """Says whether a space is the rows of tables that features can divide, and of nothing else."""
     tables = all(i in features and all(u.lookup for u in _uses(axes, i)) for i in space.members)
     return tables and bool(space.uses) and all(u.lookup for u in space.uses)
 
 
 def _along_sequence(
-    axes: Axes,
+    axes: Followed,
     taken: Sequence[Space],
     kinds: dict[Use, str],
     name: str,
@@ -222,7 +222,7 @@ def _spec(x: Any, found: tuple[int, str] | None, name: str) -> PartitionSpec:
 
 
 def _table(
-    axes: Axes,
+    axes: Followed,
     divided: dict[int, tuple[int, str]],
     notes: dict[int, str],
     name: str,
