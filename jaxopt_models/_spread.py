@@ -18,10 +18,10 @@ def spread(x: Any, sharding: Sharding) -> jax.Array:
         takes its part of it.
       sharding: where its parts go.
     """
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
     if isinstance(x, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(x, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return x if x.sharding.is_equivalent_to(sharding, x.ndim) else _moved(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

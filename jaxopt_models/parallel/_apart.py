@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from .._accelerate import accelerate, simulate
@@ -150,7 +151,7 @@ def _taken_apart(arrangement: Arrangement, i: int, rows: Any) -> Any:
 
 def _member(buffer: Any, i: int) -> Any:
     """Returns the row of one member, `[1, ...]`, where it lies."""
-    if buffer is None or isinstance(buffer, jax.core.Tracer):
+    if buffer is None or isinstance(buffer, (jax.core.Tracer, np.ndarray)):
         return None if buffer is None else buffer[i : i + 1]
     for shard in buffer.addressable_shards:
         rows = shard.index[0].indices(buffer.shape[0])

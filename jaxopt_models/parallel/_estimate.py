@@ -70,9 +70,11 @@ def estimate(
       that fits into the memory of a device; printed it is a table.
 
     Raises:
+      TypeError: for a function, layouts or other trees that are none.
       ValueError: for an unknown topology or chip, axes that do not make up its devices, a rule
         that decides no parameter, or an axis that does not divide (also a group, or packed codes).
       ImportError: for a topology that needs what is not installed.
+      RuntimeError: while another process has libtpu.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxopt_models as jom
@@ -105,6 +107,8 @@ def estimate(
     elif chip is not None:
         raise ValueError(f"{who}: chip={chip!r} is for a mesh; {place.name} has chips of its own")
     found = []
+    if others is not None and not isinstance(others, Mapping):
+        raise TypeError(f"{who}: others is {type(others).__name__}; give {{name: tree}}")
     if _name(params) in (others or {}):
         raise ValueError(f"{who}: others names a tree {_name(params)!r}, as params is called")
     trees = {_name(params): params, **(others or {})}
@@ -112,6 +116,8 @@ def estimate(
         layouts = [layouts or Layout()]
     if not layouts:
         raise ValueError(f"{who}: layouts is empty; give parallel.Layout(...), or None")
+    if wrong := [type(x).__name__ for x in layouts if not isinstance(x, Layout)]:
+        raise TypeError(f"{who}: layouts hold {wrong[0]}; give parallel.Layout(...) of it")
     for layout in layouts:
         sizes = layout.axes or axes or {"data": -1}
         mesh = place.mesh(sizes)

@@ -72,6 +72,7 @@ def start(
 
     Raises:
       RuntimeError: if JAX runs already, or processes were joined before.
+      TypeError: for numbers of another type.
       ValueError: for numbers that are none, or a part of the three where JAX finds none itself.
 
     Example:
@@ -84,7 +85,11 @@ def start(
     timeout = whole(timeout, "start: timeout")
     if timeout < 1:
         raise ValueError(f"start: {timeout=} is a number of seconds, 1 or more")
-    if processes is not None and process is not None and not 0 <= process < processes:
+    if processes is not None:
+        processes = whole(processes, "start: processes", least=1)
+    if process is not None:
+        process = whole(process, "start: process", least=0)
+    if processes is not None and process is not None and process >= processes:
         raise ValueError(
             f"start: {process=} of {processes=}; they are numbered from 0 to {processes - 1}"
         )
@@ -105,6 +110,9 @@ def start(
         **more,
     )
     if jax.process_count() > 1:
+        # Gloo joins processes at the first collective and waits half a minute for all to be there:
+        # now they are, later one of them may have work that the others do not have.
+        together("started")
         # Registered later than JAX's own, hence called earlier.
         atexit.register(_leave, timeout)
         _watch.thread = threading.Thread(target=_look_after, args=(jax.devices(),), daemon=True)
@@ -213,7 +221,8 @@ def agree(who: str, **facts: str) -> None:
       **facts: by name.
 
     Raises:
-      ValueError: in all processes, naming what differs, and where.
+      TypeError: for facts that are no texts.
+      ValueError: in all processes, naming what differs, and where; for more than 31 facts.
 
     Example:
       >>> from jaxopt_models import parallel

@@ -24,8 +24,9 @@ class Layout:
       axes: sizes of the mesh's axes by name, the last being neighbours; one may be -1, for all
         devices that are left. ``None``: those of the mesh that is planned for.
       rules: how parameters are divided, as for :func:`shardings`.
-      inputs: a `PartitionSpec` for each argument after ``params``, or a tree of them; ``None``:
-        the first axis of every array is divided over all axes named in ``batch``.
+      inputs: for each argument after ``params`` a `PartitionSpec`, a tree of them, or ``None`` for
+        an argument that every device has whole; ``None`` for all: the first axis of every array
+        is divided over all axes named in ``batch``.
       batch: the axis, or axes, of the data; default: the first axis of the mesh.
       gather: whether parameters that are divided over the axes of the data are put together again
         as they are stored, so that codes travel and not what they stand for.
@@ -76,7 +77,10 @@ def place_inputs(args: Sequence[Any], mesh: Mesh, layout: Layout, who: str) -> l
         raise TypeError(f"{who}: inputs is {given}; give a list, one PartitionSpec an argument")
     if given is not None and len(given) != len(args):
         raise ValueError(f"{who}: inputs has {len(given)} specs for {len(args)} arguments")
-    default = PartitionSpec(layout.over(mesh))
+    over = layout.over(mesh)
+    if unknown := [n for n in over if n not in mesh.shape]:
+        raise ValueError(f"{who}: batch names {unknown}; the mesh has {dict(mesh.shape)}")
+    default = PartitionSpec(over)
     placed = []
     for i, arg in enumerate(args):
 
@@ -91,7 +95,7 @@ def place_inputs(args: Sequence[Any], mesh: Mesh, layout: Layout, who: str) -> l
 
             return jax.tree_util.tree_map_with_path(one, tree)
 
-        spec = default if given is None else given[i]
+        spec = default if given is None else PartitionSpec() if given[i] is None else given[i]
         placed.append(jax.tree.map(put, spec, arg, is_leaf=lambda s: isinstance(s, PartitionSpec)))
     return placed
 

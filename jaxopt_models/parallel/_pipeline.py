@@ -14,7 +14,7 @@ from ._apart import Apart, held_apart, place, wrapped
 from ._line import Line
 from ._passes import forward, gpipe, one_by_one
 from ._slices import Slices
-from ._steps import Training, training
+from ._steps import Training, one_number, training
 from ._timetable import Timetable
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -110,14 +110,16 @@ def pipeline(
             "pipeline: remat=False with schedule='1f1b', which keeps inputs of stages alone; "
             "give schedule='gpipe', or leave remat=True"
         )
-    rows = PartitionSpec(data) if data else PartitionSpec()
+    by_rows = PartitionSpec(data) if data else PartitionSpec()
     answers, learns = wrapped(given, learn=False), wrapped(given, learn=True)
 
     def divided(x: Any) -> Any:
         """Returns this device's rows as micro-batches, `[M, b, ...]`."""
         return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), x)
 
-    def check(x: Any, name: str) -> None:
+    def check(x: Any, name: str) -> int:
+        """Returns the rows of a batch, which divide."""
+        found = []
         parts = count * slices.shards
         for path, a in jax.tree_util.tree_flatten_with_path(x)[0]:
             shape = jnp.shape(a)
@@ -128,17 +130,31 @@ def pipeline(
                     f"rows do not divide into {count} micro-batches{over}; give a multiple of "
                     f"{parts} rows"
                 )
+            found.append(shape[0])
+        if len(set(found)) != 1:
+            raise ValueError(f"pipeline: arrays of {name} have rows {found}; give the same of each")
+        return found[0]
 
     @jax.jit
     def answer(members: Apart, x: Any) -> Any:
-        check(x, "x")
+        rows = check(x, "x") // (count * slices.shards)
+
+        def shown(out: Any, _: Any) -> Any:
+            for a in jax.tree.leaves(out):
+                if jnp.shape(a)[:1] != (rows,):
+                    raise ValueError(
+                        f"pipeline: the last stage returns an array of shape {list(jnp.shape(a))} "
+                        f"for {rows} rows; forward puts micro-batches together by their rows, the "
+                        "first axis: return them there"
+                    )
+            return out
 
         def local(members: Apart, x: Any) -> Any:
-            line = Line.of(slices, answers, members.arrangement, lambda out, _: out, divided(x), ())
+            line = Line.of(slices, answers, members.arrangement, shown, divided(x), ())
             done = forward(line, members.held())
             return jax.tree.map(lambda a: a.reshape(1, -1, *a.shape[2:]), done)
 
-        specs = slices.apart.spec, rows
+        specs = slices.apart.spec, by_rows
         outs = slices.mapped(local, specs, PartitionSpec(axis, data))(members, x)
         return jax.tree.map(lambda a: a[-1], outs)
 
@@ -147,16 +163,13 @@ def pipeline(
             raise TypeError(f"pipeline: loss is {type(loss).__name__}; give (out, target) -> value")
 
         def checked(out: Any, target: Any) -> jax.Array:
-            value = loss(out, target)
-            if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-                got = f"{jnp.result_type(value)}{list(jnp.shape(value))}"
-                raise TypeError(f"pipeline: loss returned {got}; return one floating number")
-            return value
+            return one_number(loss(out, target), "pipeline")
 
         @jax.jit
         def run(members: Apart, x: Any, target: Any) -> tuple[jax.Array, Apart]:
-            check(x, "x")
-            check(target, "target")
+            n, m = check(x, "x"), check(target, "target")
+            if n != m:
+                raise ValueError(f"pipeline: x has {n} rows, target {m}; give a target for each")
 
             def local(trained: Apart, rest: Apart, x: Any, target: Any) -> Any:
                 a, b = trained.held(), rest.held()
@@ -173,7 +186,7 @@ def pipeline(
                 return value, jax.tree.map(lambda g: g[None], grads)
 
             spec = slices.apart.spec
-            mapped = slices.mapped(local, (spec, spec, rows, rows), (PartitionSpec(), spec))
+            mapped = slices.mapped(local, (spec, spec, by_rows, by_rows), (PartitionSpec(), spec))
             value, grads = mapped(*members.split(), x, target)
             return value, Apart(grads, members.arrangement)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .._bits import dtype_bits
 from .._table import Table
 from ._hlo import Array, Instruction, Module, Run, parse
 
@@ -28,7 +29,7 @@ class Collective:
       shape: of the whole array: what is gathered, or was there before it was scattered.
       devices: how many take part together.
       times: how often, by the loops around it.
-      bits: of one entry.
+      bits: of one entry; 0: as many as its type has.
       name: of the instruction; arrays that are sent at once have the same.
       where: names of the functions it comes from.
       open: whether a loop around it does not say how often it runs; that counts as once.
@@ -39,7 +40,7 @@ class Collective:
     shape: tuple[int, ...]
     devices: int
     times: int = 1
-    bits: int = 32
+    bits: int = 0
     name: str = ""
     where: str = ""
     open: bool = False
@@ -47,7 +48,7 @@ class Collective:
     @property
     def bytes(self) -> int:
         """Bytes of the whole array, once."""
-        return -(-math.prod(self.shape) * self.bits // 8)
+        return -(-math.prod(self.shape) * (self.bits or dtype_bits(self.dtype)) // 8)
 
     @property
     def sent(self) -> float:
@@ -128,6 +129,11 @@ def as_module(program: Any) -> Module:
     """Returns a compiled program, or its text, as read."""
     if isinstance(program, Module):
         return program
+    if not isinstance(program, str) and not hasattr(program, "as_text"):
+        raise ValueError(
+            f"{type(program).__name__} is no compiled program; give what "
+            "jax.jit(fn).lower(...).compile() returns, or the text of it"
+        )
     return parse(program if isinstance(program, str) else program.as_text())
 
 
@@ -142,7 +148,7 @@ def collectives_table(found: Sequence[Collective]) -> Table:
 
     Example:
       >>> from jaxopt_models import parallel
-      >>> one = parallel.Collective("all-gather", "int8", (64, 32), devices=4, times=6, bits=8)
+      >>> one = parallel.Collective("all-gather", "int8", (64, 32), devices=4, times=6)
       >>> parallel.collectives_table([one, one])[0]["count"]
       12
     """

@@ -61,27 +61,30 @@ def all_reduce(
     References:
       Karimireddy et al., `Error Feedback Fixes SignSGD <https://arxiv.org/abs/1901.09847>`_, 2019
     """
-    if codec is not None and not (hasattr(codec, "mean") and hasattr(codec, "lost")):
+    known = hasattr(codec, "mean") and hasattr(codec, "lost") and not isinstance(codec, type)
+    if codec is not None and not known:
         raise TypeError(
             f"all_reduce: codec={codec!r}; give parallel.Int8(), parallel.TopK() or None"
         )
     names = (axis,) if isinstance(axis, str) else tuple(axis)
 
     def init(params: Any) -> ReduceState:
-        if codec is None:
-            return ReduceState({})
         size = sum(x.size for x in jax.tree.leaves(params))
-        return ReduceState(codec.lost(size, lax.axis_size(names)) if size else {})
+        if codec is None or not feedback or not size:
+            return ReduceState({})
+        return ReduceState(codec.lost(size, lax.axis_size(names)))
 
     def update(updates: Any, state: ReduceState, params: Any = None) -> tuple[Any, ReduceState]:
         leaves, treedef = jax.tree.flatten(updates)
         if codec is None or not leaves:
             return jax.tree.map(lambda x: lax.pmean(x, names), updates), state
         flat = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in leaves])
-        mean, lost = codec.mean(flat, state.lost, names, lax.axis_size(names))
+        count = lax.axis_size(names)
+        before = state.lost if feedback else codec.lost(flat.size, count)
+        mean, lost = codec.mean(flat, before, names, count)
         # A step that is skipped for its NaN must not spoil those after it.
         finite = jnp.all(jnp.isfinite(mean))
-        lost = jax.tree.map(lambda new, old: jnp.where(finite, new, old), lost, state.lost)
+        lost = jax.tree.map(lambda new, old: jnp.where(finite, new, old), lost, before)
         ends = [0]
         for x in leaves:
             ends.append(ends[-1] + math.prod(x.shape))

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .._divided import full_spec, names_of, shard_shape, specs_of
 from .._encoded import Encoded, is_encoded
@@ -66,6 +66,11 @@ def shardings_of(tree: Any, mesh: Mesh, rules: Any, who: str) -> Any:
     found = []
     for p in leaves:
         spec = specs.get(p.path, PartitionSpec())
+        if PartitionSpec.UNCONSTRAINED in spec:
+            raise ValueError(
+                f"{who}: {p.path}: {spec} leaves an axis open, which only values inside of a "
+                "program can be (parallel.constrain); name a mesh axis, or None"
+            )
         if is_encoded(p.value):
             try:
                 parts = specs_of(p.value, spec, mesh)
@@ -105,6 +110,11 @@ def shard(tree: Any, mesh: Mesh, rules: Any) -> Any:
       'data'
     """
     found = shardings_of(tree, mesh, rules, "shard")
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"shard: mesh is {type(mesh).__name__}; give a Mesh of devices, such as "
+            "jax.make_mesh((8,), ('model',))"
+        )
     for p in flatten(tree)[0]:
         if not hasattr(p.value, "dtype") and not isinstance(p.value, (int, float, complex)):
             raise TypeError(f"shard: {p.path} is {type(p.value).__name__}, no array")
@@ -124,6 +134,8 @@ def spec_of(x: Any) -> PartitionSpec:
       The partition, an entry for each axis.
 
     Raises:
+      TypeError: for what is no array, or one traced on a mesh that is not Explicit: how it will lie
+        is not known before it is compiled.
       ValueError: if the parts are not divided as any partition of the tensor says.
 
     Example:
@@ -134,9 +146,17 @@ def spec_of(x: Any) -> PartitionSpec:
       >>> tuple(jom.parallel.spec_of(jom.parallel.shard(small, mesh, P(None, "model"))["w"]))
       (None, 'model')
     """
+    parts = jax.tree.leaves(x)
+    for a in parts:
+        if not hasattr(a, "ndim"):
+            raise TypeError(f"spec_of: {type(a).__name__} is no array")
+        if isinstance(a, jax.core.Tracer) and not _is_explicit(a):
+            raise TypeError(
+                "spec_of: inside of jax.jit only arrays on a mesh of Explicit axes know how they "
+                "lie; ask outside, or make the mesh with AxisType.Explicit"
+            )
     if not is_encoded(x):
         return PartitionSpec(*full_spec(_part_spec(x), x.ndim))
-    parts = jax.tree.leaves(x)
     found = [full_spec(_part_spec(a), a.ndim) for a in parts]
     names = list(dict.fromkeys(e for entries in found for e in entries if e is not None))
     if not names:
@@ -146,8 +166,8 @@ def spec_of(x: Any) -> PartitionSpec:
         if found == _parts_of(x, spec, mesh):
             return spec
     raise ValueError(
-        f"the parts of {x!r} are divided as {found}, which no partition of the tensor gives; "
-        "divide it by jaxopt_models.parallel.shard"
+        f"spec_of: the parts of {x!r} are divided as {found}, which no partition of the tensor "
+        "gives; divide it by jaxopt_models.parallel.shard"
     )
 
 
@@ -177,6 +197,12 @@ def _sharding(x: Any) -> Any:
     return (
         jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     )
+
+
+def _is_explicit(x: jax.core.Tracer) -> bool:
+    mesh = getattr(_sharding(x), "mesh", None)
+    kinds = getattr(mesh, "axis_types", ())
+    return bool(kinds) and all(kind is AxisType.Explicit for kind in kinds)
 
 
 def _part_spec(x: Any) -> PartitionSpec:

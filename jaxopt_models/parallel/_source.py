@@ -47,12 +47,14 @@ class Source:
       tensors: the tensors by `id` of their blank arrays.
       content: a checksum of names, types, shapes and places.
       written: a checksum of the files' sizes and times, to notice that they were changed.
+      files: all of them.
     """
 
     tree: Any
     tensors: dict[int, Tensor]
     content: str
     written: str
+    files: list[str]
 
 
 def open_source(path: str | os.PathLike[str], who: str) -> Source:
@@ -83,6 +85,7 @@ def _of_safetensors(path: str) -> Source:
         {id(t.blank): t for t in tensors.values()},
         _checksum(parts),
         _stamps(files),
+        files,
     )
 
 
@@ -97,11 +100,12 @@ def _of_orbax(folder: str) -> Source:
         blank = _blank(tuple(about.shape), np.dtype(about.dtype))
         tensors[id(blank)] = Tensor(blank, lambda i=i: tree.leaves([i])[0])
         leaves.append(blank)
-    files = [os.path.join(f, n) for f, _, names in os.walk(folder) for n in names]
+    files = sorted(os.path.join(f, n) for f, _, names in os.walk(folder) for n in names)
     parts = [
         " ".join(str(getattr(a, n, "")) for n in ("name", "shape", "dtype")) for a in tree.about
     ]
-    return Source(tree.treedef.unflatten(leaves), tensors, _checksum(parts), _stamps(sorted(files)))
+    arrays = tree.treedef.unflatten(leaves)
+    return Source(arrays, tensors, _checksum(parts), _stamps(files), files)
 
 
 def _blank(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -84,9 +84,8 @@ def training(
     def init(members: Any) -> ApartState:
         given = place(members, slices, name="members' parameters")
         halves = [partition(tree)[0] for tree in given.members()]
-        for i, half in enumerate(halves):
-            if not jax.tree.leaves(half):
-                raise TypeError(f"{who}: member {i} has no floating parameter to train")
+        if not jax.tree.leaves(halves):
+            raise TypeError(f"{who}: no member has a floating parameter to train")
         with no_mesh():
             opt = [tx.init(half) for tx, half in zip(txs, halves, strict=True)]
         trained, rest = jax.tree.map(jnp.copy, given).split()
@@ -108,6 +107,15 @@ def training(
 
     step.program = advance  # type: ignore[attr-defined]
     return Training(init, step)
+
+
+def one_number(value: Any, who: str) -> jax.Array:
+    """Returns what a loss returned, or raises a `TypeError` if it is no floating scalar."""
+    known = isinstance(value, jax.Array) and not value.shape
+    if known and jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    got = getattr(value, "aval", type(value).__name__)
+    raise TypeError(f"{who}: loss returned {got}; return one floating number, such as a mean")
 
 
 def check_given(state: Any, kind: type, who: str) -> None:

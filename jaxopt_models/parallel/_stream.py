@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import jax
 
-from .._compress import check_key
+from .._compress import check_key, encode
 from .._paths import flatten
 from .._progress import bar
-from .._recipe import Rule, decide
+from .._recipe import Decision, Rule, decide
 from .._resume import claim, digest
 from .._spread import on_host, together
 from .._version import __version__
@@ -69,7 +71,8 @@ def compress_checkpoint(
 
     Raises:
       ValueError: for a damaged checkpoint, one that is compressed already, a recipe that does not
-        fit, leftovers of a run with other arguments, or processes with other arguments.
+        fit, a path that is a file of the source, leftovers of a run with other arguments, or
+        processes with other arguments.
       TypeError: for options of another type.
       OSError: if files cannot be read or written, or another run writes the same one.
 
@@ -98,10 +101,15 @@ def compress_checkpoint(
         raise FileNotFoundError(f"{_WHO}: {os.path.dirname(path)!r} is no folder; make it first")
     with guard(_WHO):  # a source that one process alone cannot read stops all of them
         opened = open_source(source, _WHO)
+        if any(os.path.exists(path) and os.path.samefile(path, f) for f in opened.files):
+            raise ValueError(f"{_WHO}: {path!r} is a file of the source; give another path")
+        if not isinstance(stats, (Mapping, NoneType)):
+            raise TypeError(f"{_WHO}: stats is {type(stats).__name__}; give what calibrate returns")
         # Of all processes, where statistics were collected by all of them.
         stats = None if stats is None else jax.tree.map(on_host, stats)
         options = Options(stats, key, coding, dense, _WHO)
         skeleton, jobs = _jobs(opened, recipe)
+        _try_shapes(jobs, options)
         text = recipe_text(recipe)
         facts = {
             "source": opened.content,
@@ -133,6 +141,12 @@ def compress_checkpoint(
             before = len(jobs) - len(todo)
             with bar("compress", len(mine) + before, done=before, show=show) as advance:
                 flow(mine, options, part, advance)
+        except Exception as e:
+            e.add_note(
+                f"What is finished stays in {str(folder)!r}, and a call with the same arguments "
+                "goes on from there; remove that folder before one with others."
+            )
+            raise
         finally:
             part.close()
         together("written")
@@ -141,6 +155,23 @@ def compress_checkpoint(
             size = assemble(folder, len(jobs), path, [__version__, text, skeleton])
         together("assembled")
         return size or os.path.getsize(path)
+
+
+def _try_shapes(jobs: Sequence[Job], options: Options) -> None:
+    """Raises what encoding would, but for what only values tell, before anything is written."""
+    seen = set()
+    for job in jobs:
+        d, blank = job.decision, job.tensor.blank
+        kind = (id(d.rule), blank.shape, blank.dtype, options.stats is None or job.path)
+        if d.encoder is None or kind in seen:
+            continue
+        seen.add(kind)
+
+        def encoded(w: Any, d: Decision = d) -> Any:
+            decision = dataclasses.replace(d, parameter=dataclasses.replace(d.parameter, value=w))
+            return encode(decision, stats=options.stats, key=options.key, who=options.who)
+
+        jax.eval_shape(encoded, jax.ShapeDtypeStruct(blank.shape, blank.dtype))
 
 
 def _jobs(opened: Any, recipe: Sequence[Rule]) -> tuple[Any, list[Job]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +41,7 @@ def to_orbax(
 
     Tensors are read one after another and laid down beside the checkpoint, from where Orbax takes
     them: memory is that of the largest tensor, disk twice that of the tree. The folder is there
-    when all of it is.
+    when all of it is; a kill may leave the temporary one, ``.<name>.<random>``.
 
     In several processes all call it; the first does the work.
 
@@ -54,7 +54,7 @@ def to_orbax(
     Raises:
       ArtifactError: for a file that is damaged or no artifact.
       FileExistsError: if there is something at ``folder``.
-      ValueError: for arrays that Orbax cannot hold: those without entries, and random keys.
+      ValueError: for what Orbax cannot hold: arrays without entries, random keys, no tensor.
       OSError: if files cannot be read or written.
 
     Example:
@@ -81,26 +81,30 @@ def _write(path: Any, folder: pathlib.Path, types: Sequence[type], progress: boo
         raise FileExistsError(f"{_WHO}: there is something at {str(folder)!r}; give another folder")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{_WHO}: {str(folder.parent)!r} is no folder; make it first")
-    beside = folder.with_name(f".{folder.name}.arrays")
-    # What a run that was killed left there; this one writes all of it again.
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        with Reader(path) as reader:
-            opened = Opened(reader, types)
-            order = iter(range(len(opened.paths)))
-            with bar("unpack", len(opened.paths), show=progress) as advance:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        beside = pathlib.Path(name)
+        _save(_laid_down(path, beside, types, progress), beside / "checkpoint")
+        os.rename(beside / "checkpoint", folder)
 
-                def laid_down(_: str) -> Any:
-                    i = next(order)
-                    found = _lay_down(opened.tensor(i), beside / str(i), opened.paths[i])
-                    advance()
-                    return found
 
-                tree = unflatten_tree(opened.skeleton, laid_down, dropped=beside)
-        _save(tree, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def _laid_down(
+    path: Any, beside: pathlib.Path, types: Sequence[type[Encoded]], progress: bool
+) -> Any:
+    """Returns the tree of an artifact, whose arrays are files in a folder."""
+    with Reader(path) as reader:
+        opened = Opened(reader, types)
+        if not opened.paths:
+            raise ValueError(f"{_WHO}: {path} holds no tensor, which Orbax cannot save")
+        order = iter(range(len(opened.paths)))
+        with bar("unpack", len(opened.paths), show=progress) as advance:
+
+            def laid_down(_: str) -> Any:
+                i = next(order)
+                found = _lay_down(opened.tensor(i), beside / str(i), opened.paths[i])
+                advance()
+                return found
+
+            return unflatten_tree(opened.skeleton, laid_down, dropped=beside)
 
 
 def _lay_down(tensor: Any, stem: pathlib.Path, path: str) -> Any:
@@ -109,7 +113,7 @@ def _lay_down(tensor: Any, stem: pathlib.Path, path: str) -> Any:
     views = []
     for n, x in enumerate(arrays):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or not x.size:
-            what = "random keys" if x.size else "no entries"
+            what = "random keys" if x.size else "arrays without entries"
             raise ValueError(f"{_WHO}: {path}: Orbax cannot hold {what}; leave it out of the tree")
         file = stem.with_name(f"{stem.name}.{n}")
         host = np.asarray(x)

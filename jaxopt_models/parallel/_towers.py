@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from .._partition import combine
 from ._apart import Apart, apart
 from ._slices import Slices
-from ._steps import Training, training
+from ._steps import Training, one_number, training
 
 
 def towers(
@@ -47,7 +47,8 @@ def towers(
       ``(init, step)``: ``init(list_of_params)`` and ``step(state, *batch)``.
 
     Raises:
-      TypeError, ValueError: as :func:`apart`; for what is no optimizer, or no function.
+      TypeError, ValueError: as :func:`apart`; for what is no optimizer, or no function; when
+        called, for a loss that returns more than a number.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -72,7 +73,7 @@ def towers(
         trained, rest = members.split()
 
         def total(trained: Apart) -> jax.Array:
-            return loss(run(combine(trained, rest), *batch), *batch)
+            return one_number(loss(run(combine(trained, rest), *batch), *batch), who)
 
         return jax.value_and_grad(total)(trained)
 

@@ -119,6 +119,13 @@ def test_weights_may_travel_rebuilt():
     assert big and {c.dtype for c in big} == {"float32"}
 
 
+def test_an_argument_that_every_device_has_whole():
+    layout = parallel.Layout(inputs=[None])
+    [whole] = parallel.estimate(fn, PARAMS, X, on=mesh(8), chip=CHIP, layouts=layout)
+    [parts] = parallel.estimate(fn, PARAMS, X, on=mesh(8), chip=CHIP)
+    assert whole.operations == 8 * parts.operations
+
+
 def test_the_time_of_a_step_by_the_stated_model(plan):
     e = plan[0]
     assert e.compute == e.operations / 1e9
@@ -328,6 +335,7 @@ BAD = {
     "argument 0 after params of shape (12, 64): axis 0 of 12 does not divide": {"rows": 12},
     "the rules ['side'] divide nothing": {"layouts": {"rules": [("side", P("data"))]}},
     "bias of shape (64,) has fewer axes than": {"layouts": {"rules": [("bias", P(None, "data"))]}},
+    "batch names ['rows']; the mesh has {'data': 8}": {"layouts": {"batch": "rows"}},
     "inputs has 2 specs for 1 arguments": {"layouts": {"inputs": (P(), P())}},
     "would split a group": {"layouts": {"rules": [("down", P("data"))]}, "group": 32},
     "nothing is known of devices of kind 'cpu'": {"chip": None},
@@ -352,6 +360,10 @@ def test_what_cannot_be_planned(message):
 def test_a_place_that_is_none():
     with pytest.raises(TypeError, match="on is int; give 'v5e:4x4', 'h100:8' or a Mesh"):
         parallel.estimate(fn, PARAMS, X, on=4)
+    with pytest.raises(TypeError, match="layouts hold dict"):
+        parallel.estimate(fn, PARAMS, X, on=mesh(8), chip=CHIP, layouts=[{"data": 8}])
+    with pytest.raises(TypeError, match="others is list"):
+        parallel.estimate(fn, PARAMS, X, on=mesh(8), chip=CHIP, others=[PARAMS])
 
 
 def test_groups_of_a_1x1_convolution_are_divided_with_its_inputs():

@@ -275,7 +275,7 @@ def test_what_is_wrong_is_named():
         ),
         (
             TypeError,
-            "member 0 has no floating parameter",
+            "no member has a floating parameter",
             lambda: parallel.towers(fns, LOSS, optax.sgd(1), **options).init([jnp.int32(1)] * 2),
         ),
     ]

@@ -204,6 +204,17 @@ def test_gpipe_keeps_all_without_remat():
     assert gap(*found) < 1e-6
 
 
+def test_a_stage_without_parameters():
+    stages = [lambda p, x: x @ p["w"], lambda p, x: jax.nn.relu(x)]
+    pipe = parallel.pipeline(stages, mesh(stage=2), microbatches=2)
+    init, step = pipe.training(mean_square, optax.sgd(0.1))
+    w, x = normal(4, 4), normal(4, 4)
+    state, _ = step(init([{"w": w}, {}]), x, x)
+    by_hand = jax.grad(lambda w: mean_square(jax.nn.relu(x @ w), x))(w)
+    assert gap(state.members()[0]["w"], w - 0.1 * by_hand) < 1e-6
+    assert state.members()[1] == {}
+
+
 def test_what_is_wrong_is_named():
     where, stage = mesh(stage=2, data=2), layer
     make = parallel.pipeline
@@ -238,8 +249,23 @@ def test_what_is_wrong_is_named():
         ),
         (
             TypeError,
-            r"loss returned float32\[2, 4\]|loss returned float32\[1, 4\]",
+            r"loss returned float32\[[12],4\]",
             lambda: pipe.value_and_grad(lambda out, target: out - target)(apart, x, x),
+        ),
+        (
+            TypeError,
+            "loss returned tuple",
+            lambda: pipe.value_and_grad(lambda out, _: (out.mean(), {}))(apart, x, x),
+        ),
+        (
+            ValueError,
+            "x has 4 rows, target 8",
+            lambda: pipe.value_and_grad(mean_square)(apart, x, normal(8, 4)),
+        ),
+        (
+            ValueError,
+            r"arrays of x have rows \[4, 8\]",
+            lambda: pipe.forward(apart, (x, normal(8, 4))),
         ),
         (TypeError, "parameters are list", lambda: pipe.forward([1, 2], x)),
         (
@@ -256,6 +282,9 @@ def test_what_is_wrong_is_named():
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
+    turned = make([stage, lambda params, x: (x @ params["w"]).T], where, microbatches=2)
+    with pytest.raises(ValueError, match=r"array of shape \[4, 2\] for 2 rows"):
+        turned.forward(apart, x)
     wrong = make([uneven, stage], where, microbatches=2)
     with pytest.raises(TypeError) as error:
         wrong.forward(apart, x)

@@ -278,5 +278,5 @@ def test_ring_shares_add_up_to_what_a_ring_sends():
             for (i, p), m in zip(parts, moved, strict=True):
                 data[(i + 1) % n, p] = data[(i + 1) % n, p] + m if add else m
     np.testing.assert_allclose(data, np.broadcast_to(want, data.shape))
-    one = parallel.Collective("all-reduce", "uint8", (size,), n, bits=8)
+    one = parallel.Collective("all-reduce", "uint8", (size,), n)
     assert (one.sent, one.steps) == (sent, 2 * (n - 1))

@@ -165,6 +165,14 @@ def test_pmap_does_the_same():
         np.testing.assert_allclose(a[5], b, rtol=1e-6, atol=1e-7)
 
 
+def test_without_feedback_nothing_is_kept():
+    tx = parallel.all_reduce(parallel.Int8(), axis="data", feedback=False)
+    init = jax.pmap(tx.init, axis_name="data", devices=jax.devices()[:2])
+    assert jax.tree.leaves(init({"w": jnp.ones((2, 8))})) == []
+    with pytest.raises(TypeError, match=r"give parallel.Int8\(\)"):
+        parallel.all_reduce(parallel.Int8)
+
+
 def test_wrong_options():
     with pytest.raises(TypeError, match=r"codec='int8'; give parallel.Int8\(\)"):
         parallel.all_reduce("int8")

@@ -108,6 +108,21 @@ def test_what_cannot_be_divided(case):
             jom.compress({"w": w}, [Rule("w", encoder)])
 
 
+def test_inside_of_a_program():
+    where = mesh_of(8)
+    w = jnp.ones((8, 8))
+    run = jax.jit(lambda p: parallel.shard(p, where, P("x")))
+    assert run(w).sharding.is_equivalent_to(NamedSharding(where, P("x")), 2)
+    with pytest.raises(TypeError, match="spec_of: inside"):
+        jax.jit(parallel.spec_of)(parallel.shard(w, where, P("x")))
+    with pytest.raises(TypeError, match="spec_of: float is no array"):
+        parallel.spec_of(0.5)
+    with pytest.raises(ValueError, match="leaves an axis open"):
+        parallel.shard({"w": w}, where, P(P.UNCONSTRAINED, "x"))
+    with pytest.raises(TypeError, match="shard: mesh is AbstractMesh"):
+        parallel.shard({"w": w}, where.abstract_mesh, P("x"))
+
+
 def test_rules_that_do_not_fit():
     mesh, params = mesh_of(8), {"a": W, "b": W}
     for rules, error, message in (

@@ -145,14 +145,23 @@ def test_leftovers_of_others(tmp_path):
         parallel.compress_checkpoint(source, tmp_path, recipe)
     with pytest.raises(TypeError, match="coding"):
         parallel.compress_checkpoint(source, path, recipe, coding=0.5)
+    with pytest.raises(ValueError, match="is a file of the source"):
+        parallel.compress_checkpoint(source, source, recipe)
+    with pytest.raises(TypeError, match="stats is list"):
+        parallel.compress_checkpoint(source, path, recipe, stats=[1])
     bad = normal(8, 8)
     bad[3, 3] = np.nan
     write(source, {"w": bad})
-    with pytest.raises(ValueError, match="compress_checkpoint: w: 1 of 64 entries are NaN"):
+    with pytest.raises(ValueError, match="compress_checkpoint: w: 1 of 64 entries are NaN") as e:
         parallel.compress_checkpoint(source, path, recipe)
+    assert "remove that folder" in e.value.__notes__[0]
     write(source, {"w": normal(8, 8)})
-    with pytest.raises(ValueError, match="group=5 does not divide the 8 inputs"):
-        parallel.compress_checkpoint(source, path, [Rule("w", quant.Int(bits=4, group=5))])
+    # What shapes tell is told before the first tensor is finished.
+    write(source, {"v": normal(8, 8), "w": normal(10, 8)})
+    wrong = [Rule("v", quant.Int(bits=4)), Rule("w", quant.Int(bits=4, group=4))]
+    with pytest.raises(ValueError, match="w: group=4 does not divide the 10 inputs"):
+        parallel.compress_checkpoint(source, path, wrong)
+    parallel.compress_checkpoint(source, path, [Rule(".*", quant.Int(bits=4))], progress=False)
 
 
 def test_from_orbax(tmp_path):

@@ -83,7 +83,10 @@ def test_each_device_reads_its_part(tmp_path, monkeypatch):
 def test_leaves_nothing_behind(tmp_path, monkeypatch):
     path, folder = tmp_path / "m.jom", tmp_path / "m"
     jom.save(path, {"w": normal(4, 4), "none": np.zeros((0, 4), np.float32)})
-    with pytest.raises(ValueError, match="to_orbax: none: Orbax cannot hold no entries"):
+    with pytest.raises(ValueError, match="to_orbax: none: Orbax cannot hold arrays without"):
+        parallel.to_orbax(path, folder, progress=False)
+    jom.save(path, {"step": 3})
+    with pytest.raises(ValueError, match="holds no tensor"):
         parallel.to_orbax(path, folder, progress=False)
     jom.save(path, {"w": normal(4, 4), "rng": jax.random.key(0)})
     with pytest.raises(ValueError, match="to_orbax: rng: Orbax cannot hold random keys"):
