@@ -49,6 +49,18 @@ def test_first_block_is_short_and_ends_in_numbers(tmp_path, monkeypatch):
     assert not re.search(r"^[A-Z_]{4,}$", README, re.M), "a placeholder is left"
 
 
+def test_block_of_many_devices(tmp_path, monkeypatch):
+    names = {}
+    monkeypatch.chdir(tmp_path)
+    for start in ("import jax, jax.numpy", "from jax.sharding import AxisType"):
+        block = re.search(rf"```python\n({start}.*?)```", README, re.S).group(1)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(block, "README.md", "exec"), names)
+    assert "kernel" in out.getvalue() and names["logits"].shape == (8, 10)
+    where = names["small"]["params"]["ip1"]["kernel"].codes.sharding
+    assert where.mesh == names["mesh"] and not where.is_fully_replicated
+
+
 def test_examples_run(capsys):
     for path in sorted((ROOT / "examples").glob("*.py")):
         runpy.run_path(str(path), run_name="__main__")
