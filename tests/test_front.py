@@ -57,7 +57,7 @@ def test_block_of_many_devices(tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(block, "README.md", "exec"), names)
     assert "kernel" in out.getvalue() and names["logits"].shape == (8, 10)
-    where = names["small"]["params"]["ip1"]["kernel"].codes.sharding
+    where = names["small"]["ip1"]["kernel"].codes.sharding
     assert where.mesh == names["mesh"] and not where.is_fully_replicated
 
 
