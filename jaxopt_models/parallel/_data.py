@@ -185,7 +185,7 @@ def data_parallel(
         check_given(state, DataState, who)
         rows = mesh.shape[axis] * micro
         for x in jax.tree.leaves(batch):
-            if not jnp.shape(x) or jnp.shape(x)[0] % rows:
+            if not jnp.shape(x) or not jnp.shape(x)[0] or jnp.shape(x)[0] % rows:
                 raise ValueError(
                     f"{who}: a batch holds an array of shape {jnp.shape(x)}, which does not divide "
                     f"into {micro} pieces for each of the {mesh.shape[axis]} devices of {axis!r}"

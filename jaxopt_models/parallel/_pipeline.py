@@ -123,7 +123,7 @@ def pipeline(
         parts = count * slices.shards
         for path, a in jax.tree_util.tree_flatten_with_path(x)[0]:
             shape = jnp.shape(a)
-            if not shape or shape[0] % parts:
+            if not shape or not shape[0] or shape[0] % parts:
                 over = f" on each of {slices.shards} parts" if data else ""
                 raise ValueError(
                     f"pipeline: {name}{jax.tree_util.keystr(path)} has shape {list(shape)}, whose "

@@ -56,6 +56,8 @@ def test_members_come_back_bit_for_bit_and_each_device_holds_one():
         assert [s.data.shape[0] for s in buffer.addressable_shards] == [1] * 8
     # No more than the longest member of each data type.
     assert apart.bytes_each <= 12 * 8 * 4 * 2 + 8 * 4 * 3 + 12 * 8 + 200
+    fetched = jax.device_get(parallel.Apart.of(members[1:2], mesh(member=1), axis="member"))
+    assert same(members[1], fetched.members()[0])
     trained, rest = apart.split()
     for member, half in zip(members, trained.members(), strict=True):
         assert same(jom.partition(member)[0], half)
