@@ -91,7 +91,7 @@ def _picture(found: dict[str, list[dict[str, Any]]]) -> None:
     left.legend()
     right.invert_yaxis()
     right.set_xlabel("ms a step (c: calibration, d: distillation)")
-    right.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
     pyplot.close(figure)

@@ -51,11 +51,11 @@ def mean_row(claim: str, values: Sequence[float], bar: str = "") -> Row:
     return Row(claim, statistics.fmean(values), bar, tuple(values))
 
 
-def worst(rows: Sequence[Row], ending: str, bar: str) -> Row:
-    """Returns the row of the largest value of those whose claims end alike."""
+def worst(what: str, rows: Sequence[Row], ending: str, bar: str) -> Row:
+    """Returns the row of ``what`` with the largest value of those whose claims end alike."""
     some = [r for r in rows if r.claim.endswith(f": {ending}")]
     most = max(some, key=lambda r: r.value)
-    return Row(f"worst of {len(some)}: {ending}", most.value, bar, note=most.claim)
+    return Row(f"{what}, worst of {len(some)}: {ending}", most.value, bar, note=most.claim)
 
 
 def _shown(value: float) -> str:
