@@ -43,7 +43,8 @@ def gathered(
     travel instead of the floating numbers; the gradient passes straight through. This is
     ``fn(straight_through(recipe)(params), ...)``, with a quarter of the bytes at 8 bits. For
     rules that cut no group of the codes give :func:`fsdp` the shapes of the compressed tree,
-    ``fsdp(jax.eval_shape(lambda p: compress(p, recipe), params), ...)``.
+    ``fsdp(jax.eval_shape(lambda p: compress(p, recipe), params), ...)``. Stacked layers come one
+    by one where the rule says ``axes=Axes(stack=1)``, and else all at once, as they are encoded.
 
     Args:
       fn: function of `(params, ...)`.
@@ -144,7 +145,8 @@ def _inside(
     """Puts what gathers inside of what has a say in products."""
     if is_encoded(x) and readers(x):
         return dataclasses.replace(x, values=_inside(x.values, spec, mesh, axis, encoder, axes))
-    core = tuple(x.core) if is_encoded(x) else tuple(x.shape[1:])
+    # Loops take away only what is encoded apart: layers that are encoded as one come as one.
+    core = tuple(x.core) if is_encoded(x) else tuple(x.shape[1 if axes is None else axes.stack :])
     return Spread(x, core=core, spec=spec, mesh=mesh, axis=axis, encoder=encoder, axes=axes)
 
 
@@ -154,7 +156,8 @@ class Spread(Encoded):
 
     Args:
       values: what is stored, an array or a leaf.
-      core: shape of it without the stack; the first axis of an array may be one.
+      core: shape of it without the stack; of an array that is not encoded the first axis may be
+        one.
       spec: its partition, an entry for each axis there was; a loop takes the first ones away.
       mesh: the devices.
       axis: the mesh axis along which it is brought together.
@@ -196,8 +199,7 @@ class Spread(Encoded):
             return _dense(self._moved(self.values))
         axes, ndim = self.axes, len(self.shape)
         assert axes is not None
-        dropped = len(self.spec) - ndim
-        axes = dataclasses.replace(axes, stack=max(0, axes.stack - dropped))
+        axes = dataclasses.replace(axes, stack=axes.stack - (len(self.spec) - ndim))
 
         @jax.custom_jvp
         def shown(w: jax.Array) -> jax.Array:

@@ -163,6 +163,18 @@ def test_what_is_not_divided_is_encoded_too():
     np.testing.assert_allclose(run(parallel.shard(params, MESH, rules), spread(x)), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("axes", [None, Axes(out=(0,)), Axes(stack=1)], ids=repr)
+def test_layers_are_encoded_together_or_apart_as_the_rule_says(axes):
+    def use(params, x):
+        return jax.lax.map(lambda w: x @ w, params["w"]) + x @ params["w"][1:2]
+
+    params = {"w": normal(8, 8, 8) * jnp.arange(1.0, 9)[:, None, None]}
+    x, recipe = jnp.eye(8), [Rule("w", jom.prune.Magnitude(sparsity=0.5), axes=axes)]
+    run = parallel.gathered(use, [("w", P("data"))], mesh=MESH, recipe=recipe)
+    want = use(jom.straight_through(recipe)(params), x)
+    np.testing.assert_array_equal(run(params, x), want)
+
+
 def test_mistakes():
     params, x = pair(), normal(16, 64)
     small = jom.compress(params, [Rule("b", quant.Int(bits=4, group=64))])
