@@ -197,14 +197,15 @@ class Spread(Encoded):
         """Brings it together and rebuilds it, stack and all."""
         if self.encoder is None:
             return _dense(self._moved(self.values))
-        axes, ndim = self.axes, len(self.shape)
-        assert axes is not None
-        axes = dataclasses.replace(axes, stack=axes.stack - (len(self.spec) - ndim))
+        encoder, axes = self.encoder, self.axes
+        assert axes is not None and axes.out is not None
+        stack = axes.stack - (len(self.spec) - len(self.shape))
+        # An encoder is given the axes of all it encodes, counted with the stack that is left.
+        axes = Axes(tuple(stack + a for a in axes.out), stack)
 
         @jax.custom_jvp
         def shown(w: jax.Array) -> jax.Array:
-            assert self.encoder is not None
-            return _dense(self._moved(self.encoder.run(w, axes, None, None, None)))
+            return _dense(self._moved(encoder(w, axes=axes)))
 
         @shown.defjvp
         def _(w: Any, step: Any) -> Any:

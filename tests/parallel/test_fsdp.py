@@ -175,6 +175,15 @@ def test_layers_are_encoded_together_or_apart_as_the_rule_says(axes):
     np.testing.assert_array_equal(run(params, x), want)
 
 
+def test_chains_are_encoded_before_they_travel():
+    both = jom.chain(jom.prune.Magnitude(sparsity=0.5), quant.Int(bits=4, group=8))
+    params, x = pair(), normal(16, 64)
+    recipe, rules = [Rule("a", both)], [("a|b", P("data"))]
+    run = parallel.gathered(fn, rules, mesh=MESH, recipe=recipe)
+    want = fn(jom.straight_through(recipe)(params), x)
+    np.testing.assert_allclose(run(parallel.shard(params, MESH, rules), x), want, atol=1e-4)
+
+
 def test_mistakes():
     params, x = pair(), normal(16, 64)
     small = jom.compress(params, [Rule("b", quant.Int(bits=4, group=64))])
