@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
-from .._divided import counts_of, full_spec, mesh_axes, names_of
+from .._divided import full_spec, mesh_axes, names_of
 from .._encoded import is_encoded
 from .._options import whole
 from .._paths import flatten
 from .._table import Table
-from ._rules import Rules, devices_of, shortened, spec_for, why_not
-from ._spaces import bytes_of
+from ._rules import Rules, bytes_each, devices_of, shortened, spec_for, why_not
 
 
 def fsdp(
@@ -75,8 +73,7 @@ def fsdp(
             raise ValueError(f"fsdp: rules divide {p.path} along {axis!r} already: {given}")
         spec, note = _divided(x, given, axis, counts, smallest)
         specs[p.path] = spec
-        stored = bytes_of(x)
-        mine = stored // math.prod(counts_of(spec, len(spec), counts))
+        stored, mine = bytes_each(x, PartitionSpec(), counts), bytes_each(x, spec, counts)
         total, each = total + stored, each + mine
         shown = str(tuple(spec)) if any(spec) else ""
         rows.append((p.path, str(list(x.shape)), shown, stored, mine, note))

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from .._divided import counts_of, shard_shape
+from .._divided import counts_of, mesh_axes, shard_bits, shard_shape
 from .._encoded import is_encoded
 from .._options import whole
 from .._table import Table
@@ -120,3 +121,14 @@ def why_not(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> str:
         parts = math.prod(counts)
         return f"{parts} parts would cut what its {x.kind()} stores together (groups, packed words)"
     return ""
+
+
+def bytes_each(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of a parameter on each device: what belongs to all of it is not divided."""
+    if not is_encoded(x):
+        return shard_bits(x, spec, sizes) // 8
+    if not mesh_axes(spec):
+        return x.storage_bits() // 8
+    specs = x.specs(spec, shard_shape(x.shape, spec, sizes))
+    parts = zip(jax.tree.leaves(x), jax.tree.leaves(specs), strict=True)
+    return sum(shard_bits(part, s, sizes) for part, s in parts) // 8

@@ -12,8 +12,8 @@ from .._options import whole
 from .._table import Table
 from ._atom_walk import Followed, axes_of, axis_of
 from ._atoms import Use, Value, flat
-from ._rules import Rules, devices_of, shortened
-from ._spaces import Space, bytes_of, chosen, gathers, made_by, refused, spaces_of
+from ._rules import Rules, bytes_each, devices_of, shortened
+from ._spaces import Space, chosen, gathers, made_by, refused, spaces_of
 
 
 def tensor(
@@ -231,11 +231,11 @@ def _table(
 ) -> Table:
     rows, total, each = [], 0, 0
     for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
-        found, stored = divided.get(i), bytes_of(p.value)
+        found = divided.get(i)
         note = found[1] if found else notes.get(i) or _because(p.value, value)
-        mine = stored // size if found else stored
-        total, each = total + stored, each + mine
         spec = _spec(p.value, found, name)
+        stored, mine = (bytes_each(p.value, s, {name: size}) for s in (PartitionSpec(), spec))
+        total, each = total + stored, each + mine
         rows.append((p.path, str(list(p.value.shape)), _shown(spec), stored, mine, note))
     columns = ("path", "shape", "divided", "bytes", "a device", "note")
     title = f"{fn}: {size} devices along {name!r} hold {each:,} of {total:,} bytes each"

@@ -10,6 +10,7 @@ from parallel_layouts import mesh_of, transfers
 
 import jaxopt_models as jom
 from jaxopt_models import Axes, Rule, parallel, quant
+from jaxopt_models._bits import dtype_bits
 
 RNG = np.random.default_rng(0)
 MESH = mesh_of((8,), ("data",))
@@ -182,6 +183,21 @@ def test_chains_are_encoded_before_they_travel():
     run = parallel.gathered(fn, rules, mesh=MESH, recipe=recipe)
     want = fn(jom.straight_through(recipe)(params), x)
     np.testing.assert_allclose(run(parallel.shard(params, MESH, rules), x), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "encoder", [quant.Int(bits=4), jom.codebook.KMeans(bits=4), jom.prune.Magnitude(sparsity=0.5)]
+)
+def test_the_table_says_the_bytes_of_a_device(encoder):
+    small, x = jom.compress(pair(), [Rule(".*", encoder)]), normal(4, 64)
+    by_fsdp = parallel.fsdp(small, mesh=MESH, smallest=0)
+    by_tensor = parallel.tensor(fn, small, x, mesh=MESH, axis="data", smallest=0)
+    for rules in (by_fsdp, by_tensor):
+        shardings = jax.tree.leaves(parallel.shardings(small, MESH, rules))
+        parts = zip(jax.tree.leaves(small), shardings, strict=True)
+        bits = sum(np.prod(s.shard_shape(a.shape)) * dtype_bits(a.dtype) for a, s in parts)
+        assert rules.table.data["each"] == sum(rules.table.column("a device")) == bits // 8
+        assert rules.table.data["total"] == sum(x.storage_bits() for x in small.values()) // 8
 
 
 def test_mistakes():
