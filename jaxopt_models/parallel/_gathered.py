@@ -26,7 +26,7 @@ from ._rules import on_auto, why_not
 
 def gathered(
     fn: Callable[..., Any],
-    rules: Sequence[tuple[str, PartitionSpec]],
+    rules: Any,
     *,
     mesh: Mesh,
     axis: str = "data",
@@ -48,8 +48,8 @@ def gathered(
 
     Args:
       fn: function of `(params, ...)`.
-      rules: how the parameters are divided, pairs of a regular expression and a partition; other
-        mesh axes in them (:func:`tensor`) stay divided.
+      rules: how the parameters are divided, as for :func:`shardings`; other mesh axes in them
+        (:func:`tensor`) stay divided.
       mesh: the devices, with Auto axes.
       axis: name of the mesh axis along which parameters are brought together.
       recipe: encoders by path for dense parameters, such as ``quant.Int(bits=8)``. They see no
@@ -59,7 +59,7 @@ def gathered(
       A function of the same arguments, to be compiled with `jax.jit`.
 
     Raises:
-      TypeError: if ``fn`` is no function.
+      TypeError: if ``fn`` is no function or ``mesh`` none; when called, for rules that are none.
       ValueError: if ``axis`` is none of the mesh's, or its axes are not Auto; when called, if a
         parameter cannot be divided as the rules say, or the recipe names one that is compressed
         already.
@@ -84,7 +84,6 @@ def gathered(
     check_function(fn, "gathered")
     if axis not in on_auto(mesh, "gathered").shape:
         raise ValueError(f"gathered: axis={axis!r} is none of the mesh's {tuple(mesh.axis_names)}")
-    rules = list(rules)
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:

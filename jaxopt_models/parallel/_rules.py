@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -41,13 +41,8 @@ class Rules(list[tuple[str, PartitionSpec]]):
         self.inside = dict(inside or {})
 
     def spec(self, path: str) -> PartitionSpec:
-        """Returns the partition of a parameter."""
-        return spec_for(self, path)
-
-
-def spec_for(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
-    """Returns the partition of the first rule that matches a path; none divides nothing."""
-    return next((s for r, s in rules if re.fullmatch(r, path)), PartitionSpec())
+        """Returns the partition of a parameter; what no rule matches is not divided."""
+        return next((s for r, s in self if re.fullmatch(r, path)), PartitionSpec())
 
 
 def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:

@@ -213,3 +213,32 @@ def test_mistakes():
         parallel.gathered(fn, rules, mesh=MESH, recipe=[Rule("b", quant.Int(bits=8))])(small, x)
     with pytest.raises(ValueError, match="rules divide a along 'data' already"):
         parallel.fsdp(params, mesh=MESH, rules=[("a", P("data"))])
+
+
+@pytest.mark.parametrize("where", [{"size": 2}, {"mesh": mesh_of((2, 4))}], ids=["size", "mesh"])
+def test_rules_of_other_axes_are_matched_as_shardings_does(where):
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8,))}
+    both = {"a": P("model", "data"), "b": P("data"), ".*": P()}
+    for given in ([("a", P("model"))], {"a": P("model"), "b": P()}):
+        assert dict(parallel.fsdp(params, rules=given, smallest=0, **where)) == both
+    mistakes = [
+        (ValueError, r"fsdp: the rules \['typo'\] divide nothing", [("typo", P("model"))]),
+        (ValueError, r"fsdp: b of shape \(8,\) has fewer axes", [("b", P("model", None))]),
+        (TypeError, "fsdp: rules='a'; give pairs", "a"),
+        (TypeError, r"rule 0 \('a'\) gives 'model', no PartitionSpec", [("a", "model")]),
+    ]
+    if "mesh" in where:
+        mistakes += [(ValueError, r"fsdp: a: .* names \['modle'\]", [("a", P("modle"))])]
+        params["c"] = quant.Int(bits=4, group=8)(jnp.ones((16, 8)))
+        mistakes += [(ValueError, r"rules divide c by .* would cut", [("c", P("model"))])]
+    for kind, words, rules in mistakes:
+        with pytest.raises(kind, match=words):
+            parallel.fsdp(params, rules=rules, smallest=0, **where)
+
+
+@pytest.mark.parametrize("rules", [P("data"), {"a": P("data"), "b": P(None, "data")}], ids=repr)
+def test_gathered_takes_every_form_of_rules(rules):
+    params, x = pair(), normal(16, 64)
+    there = parallel.shard(params, MESH, rules)
+    run = parallel.gathered(fn, rules, mesh=MESH)
+    np.testing.assert_allclose(run(there, x), fn(params, x), atol=1e-3)
