@@ -63,9 +63,9 @@ def tensor(
       :func:`constrain` should pin.
 
     Raises:
-      TypeError: if ``fn`` is no function.
-      ValueError: if not exactly one of ``size`` and ``mesh`` is given, or ``axis`` is none of the
-        mesh's.
+      TypeError: if ``fn`` is no function, or for a mesh that is none.
+      ValueError: if not exactly one of ``size`` and ``mesh`` is given, ``axis`` is none of the
+        mesh's, or no activation that travels has the axis ``sequence``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,7 +121,14 @@ def tensor(
             inside |= _whole_lookups(axes, i, kinds)
     if sequence is not None:
         along = whole(sequence, "tensor: sequence", least=0)
-        inside |= _along_sequence(axes, taken, kinds, axis, along)
+        between = _along_sequence(axes, taken, kinds, axis, along)
+        if not between:
+            raise ValueError(
+                f"tensor: sequence={along} divides nothing: there is no lookup, sum or gather of "
+                f"an array with axis {along} before its last; give the axis of the positions, 1 in "
+                "[B, T, width], and a smallest= that lets parameters be divided"
+            )
+        inside |= between
     table = _table(axes, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
     columns = ("operation", "kind", "parameter", "bytes", "times")
