@@ -216,11 +216,11 @@ class Spread(Encoded):
         """Pins the parts as they are divided, then as they are used."""
         spec = PartitionSpec(*self.spec[len(self.spec) - len(x.shape) :])
         left = PartitionSpec(*(without(entry, (self.axis,)) for entry in spec))
-        here = _specs(x, spec, self.mesh), _specs(x, left, self.mesh)
+        here = _specs_of_parts(x, spec, self.mesh), _specs_of_parts(x, left, self.mesh)
         return jax.tree.map(lambda part, *specs: moved(part, self.mesh, *specs), x, *here)
 
 
-def _specs(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+def _specs_of_parts(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
     """Returns a partition for each part."""
     if not is_encoded(x):
         return spec
