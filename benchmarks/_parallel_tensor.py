@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxopt_models import Axes, Rule, accelerate, compress, models, parallel, quant
 from jaxopt_models._bits import dtype_bits
+from jaxopt_models._divided import counts_of
 
 from ._rows import Row, worst
 
@@ -80,6 +81,15 @@ def _spread(tree: Any, mesh: Any, rules: Any) -> tuple[Any, int]:
     return shapes, sum(n // 8 for n in bits)
 
 
+def _promised(rules: parallel.Rules, mesh: Any) -> int:
+    """Returns the bytes of one device if all that is stored were divided as the tensors are."""
+    promised = 0
+    for row in rules.table:
+        spec = rules.spec(row["path"])
+        promised += row["bytes"] // math.prod(counts_of(spec, len(spec), mesh.shape))
+    return promised
+
+
 def _models(quick: bool) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((8, 64), "int32")
     side = 64 if quick else 224
@@ -121,9 +131,8 @@ def _case(model: str, step: str, fn: Any, params: Any, args: Any, mesh: Any) -> 
         shapes, size = _spread(params, mesh, rules)
         sent = parallel.collectives(jax.jit(run).lower(shapes, *inputs).compile())
         kinds = collections.Counter(c.kind for c in sent)
-        table = rules.table.data
         case = {"model": model, "step": step, "layout": layout, "bytes": size}
-        case |= {"total": table["total"], "expected": table["each"]}
+        case |= {"total": rules.table.data["total"], "expected": _promised(rules, mesh)}
         # Of fsdp's gathers of parts only those of activations were foretold.
         beside = {
             k: n - foretold[k] for k, n in kinds.items() if layout == "tensor" or k != "all-gather"

@@ -67,6 +67,11 @@ def shard_shape(
     return tuple(n // c for n, c in zip(shape, counts_of(spec, len(shape), sizes), strict=True))
 
 
+def shard_bits(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
+    """Returns the bits that one shard of an array occupies."""
+    return math.prod(shard_shape(x.shape, spec, sizes)) * dtype_bits(x.dtype)
+
+
 def on_one_axis(spec: PartitionSpec, stack: int, axis: int) -> PartitionSpec:
     """Returns the partition that divides a core tensor along one axis, by all that divides it."""
     before, core = spec[:stack], spec[stack:]

@@ -20,7 +20,21 @@ _FORMS = (
 
 
 def dense_specs(tree: Any, mesh: Any, rules: Any, *, who: str) -> dict[str, PartitionSpec]:
-    """Returns how each dense tensor of a tree is divided, by path; checked against the mesh."""
+    """Returns how each dense tensor of a tree is divided, by path; checked against the mesh.
+
+    Args:
+      tree: parameters.
+      mesh: the devices; ``None`` where the sizes of its axes are not known.
+      rules: in any form that :func:`shardings` takes.
+      who: name of the calling function, for messages.
+
+    Returns:
+      A partition for each path.
+
+    Raises:
+      TypeError: for rules that are none.
+      ValueError: if a rule divides nothing, or a tensor cannot be divided so.
+    """
     arrays = [p for p in flatten(tree)[0] if hasattr(p.value, "shape")]
     if isinstance(rules, PartitionSpec):
         found = {p.path: rules for p in arrays}
@@ -121,18 +135,19 @@ def _from_tree(tree: Any, arrays: Sequence[Parameter], who: str) -> dict[str, Pa
 
 
 def check_spec(where: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> None:
-    """Raises a `ValueError` unless an array of this shape can be divided so."""
+    """Raises unless an array of this shape can be divided so; of no mesh any axis will do."""
     if not isinstance(spec, PartitionSpec):
         raise TypeError(f"{where}: {spec!r} is no PartitionSpec")
     if len(spec) > len(shape):
         raise ValueError(f"{where} of shape {shape} has fewer axes than {spec}")
     entries = [None if e is PartitionSpec.UNCONSTRAINED else e for e in spec]
     used = [n for entry in entries for n in names_of(entry)]
-    if unknown := [n for n in used if n not in mesh.shape]:
-        raise ValueError(f"{where}: {spec} names {unknown}; the mesh has {dict(mesh.shape)}")
+    sizes = dict.fromkeys(used, 1) if mesh is None else dict(mesh.shape)
+    if unknown := [n for n in used if n not in sizes]:
+        raise ValueError(f"{where}: {spec} names {unknown}; the mesh has {sizes}")
     if len(set(used)) < len(used):
         raise ValueError(f"{where}: {spec} names a mesh axis twice")
-    counts = counts_of(PartitionSpec(*entries), len(shape), mesh.shape)
+    counts = counts_of(PartitionSpec(*entries), len(shape), sizes)
     for axis, (n, count) in enumerate(zip(shape, counts, strict=True)):
         if n % count:
             raise ValueError(

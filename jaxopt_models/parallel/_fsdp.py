@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
-from .._divided import counts_of, full_spec, mesh_axes, names_of
+from .._divided import full_spec, mesh_axes, names_of
 from .._encoded import is_encoded
 from .._options import whole
 from .._paths import flatten
 from .._table import Table
-from ._rules import Rules, devices_of, shortened, spec_for, why_not
-from ._spaces import bytes_of
+from ._dense import dense_specs
+from ._rules import Rules, bytes_each, devices_of, shortened, why_not
 
 
 def fsdp(
@@ -23,7 +21,7 @@ def fsdp(
     size: int | None = None,
     mesh: Mesh | None = None,
     axis: str = "data",
-    rules: Sequence[tuple[str, PartitionSpec]] = (),
+    rules: Any = (),
     smallest: int = 1 << 16,
 ) -> Rules:
     r"""Divides every large parameter along its longest axis that divides.
@@ -40,15 +38,17 @@ def fsdp(
         known, and parameters that ``rules`` divide are divided along another axis of theirs.
       mesh: the devices.
       axis: name of the mesh axis in the rules.
-      rules: pairs of a regular expression and a partition that hold for other mesh axes.
+      rules: how parameters are divided over other mesh axes, as for :func:`shardings`.
       smallest: parameters with fewer entries are not divided further.
 
     Returns:
       Rules for every parameter; ``rules.table`` says for each how it is divided or why it is not.
 
     Raises:
+      TypeError: for a mesh, or rules, that are none.
       ValueError: if not exactly one of ``size`` and ``mesh`` is given, or ``axis`` is none of the
-        mesh's or is used by ``rules``.
+        mesh's or is used by ``rules``; if a rule divides nothing, or a parameter cannot be divided
+        as it says.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,19 +64,21 @@ def fsdp(
     count = devices_of(size, mesh, axis, "fsdp")
     smallest = whole(smallest, "fsdp: smallest", least=0)
     counts = {axis: count} if mesh is None else dict(mesh.shape)
+    before = dense_specs(params, mesh, rules, who="fsdp")
     specs: dict[str, PartitionSpec] = {}
     rows, total, each = [], 0, 0
     for p in flatten(params)[0]:
         x = p.value
         if not (is_encoded(x) or hasattr(x, "dtype")):
             continue
-        given = PartitionSpec(*full_spec(spec_for(rules, p.path), len(x.shape)))
+        given = PartitionSpec(*full_spec(before[p.path], len(x.shape)))
         if axis in mesh_axes(given):
             raise ValueError(f"fsdp: rules divide {p.path} along {axis!r} already: {given}")
+        if mesh_axes(given) and (why := why_not(x, given, counts)):
+            raise ValueError(f"fsdp: rules divide {p.path} by {given}: {why}")
         spec, note = _divided(x, given, axis, counts, smallest)
         specs[p.path] = spec
-        stored = bytes_of(x)
-        mine = stored // math.prod(counts_of(spec, len(spec), counts))
+        stored, mine = bytes_each(x, PartitionSpec(), counts), bytes_each(x, spec, counts)
         total, each = total + stored, each + mine
         shown = str(tuple(spec)) if any(spec) else ""
         rows.append((p.path, str(list(x.shape)), shown, stored, mine, note))

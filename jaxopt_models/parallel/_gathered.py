@@ -26,7 +26,7 @@ from ._rules import on_auto, why_not
 
 def gathered(
     fn: Callable[..., Any],
-    rules: Sequence[tuple[str, PartitionSpec]],
+    rules: Any,
     *,
     mesh: Mesh,
     axis: str = "data",
@@ -43,12 +43,13 @@ def gathered(
     travel instead of the floating numbers; the gradient passes straight through. This is
     ``fn(straight_through(recipe)(params), ...)``, with a quarter of the bytes at 8 bits. For
     rules that cut no group of the codes give :func:`fsdp` the shapes of the compressed tree,
-    ``fsdp(jax.eval_shape(lambda p: compress(p, recipe), params), ...)``.
+    ``fsdp(jax.eval_shape(lambda p: compress(p, recipe), params), ...)``. Stacked layers come one
+    by one where the rule says ``axes=Axes(stack=1)``, and else all at once, as they are encoded.
 
     Args:
       fn: function of `(params, ...)`.
-      rules: how the parameters are divided, pairs of a regular expression and a partition; other
-        mesh axes in them (:func:`tensor`) stay divided.
+      rules: how the parameters are divided, as for :func:`shardings`; other mesh axes in them
+        (:func:`tensor`) stay divided.
       mesh: the devices, with Auto axes.
       axis: name of the mesh axis along which parameters are brought together.
       recipe: encoders by path for dense parameters, such as ``quant.Int(bits=8)``. They see no
@@ -58,7 +59,7 @@ def gathered(
       A function of the same arguments, to be compiled with `jax.jit`.
 
     Raises:
-      TypeError: if ``fn`` is no function.
+      TypeError: if ``fn`` is no function or ``mesh`` none; when called, for rules that are none.
       ValueError: if ``axis`` is none of the mesh's, or its axes are not Auto; when called, if a
         parameter cannot be divided as the rules say, or the recipe names one that is compressed
         already.
@@ -83,7 +84,6 @@ def gathered(
     check_function(fn, "gathered")
     if axis not in on_auto(mesh, "gathered").shape:
         raise ValueError(f"gathered: axis={axis!r} is none of the mesh's {tuple(mesh.axis_names)}")
-    rules = list(rules)
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,8 @@ def _inside(
     """Puts what gathers inside of what has a say in products."""
     if is_encoded(x) and readers(x):
         return dataclasses.replace(x, values=_inside(x.values, spec, mesh, axis, encoder, axes))
-    core = tuple(x.core) if is_encoded(x) else tuple(x.shape[1:])
+    # Loops take away only what is encoded apart: layers that are encoded as one come as one.
+    core = tuple(x.core) if is_encoded(x) else tuple(x.shape[1 if axes is None else axes.stack :])
     return Spread(x, core=core, spec=spec, mesh=mesh, axis=axis, encoder=encoder, axes=axes)
 
 
@@ -154,7 +155,8 @@ class Spread(Encoded):
 
     Args:
       values: what is stored, an array or a leaf.
-      core: shape of it without the stack; the first axis of an array may be one.
+      core: shape of it without the stack; of an array that is not encoded the first axis may be
+        one.
       spec: its partition, an entry for each axis there was; a loop takes the first ones away.
       mesh: the devices.
       axis: the mesh axis along which it is brought together.
@@ -194,15 +196,15 @@ class Spread(Encoded):
         """Brings it together and rebuilds it, stack and all."""
         if self.encoder is None:
             return _dense(self._moved(self.values))
-        axes, ndim = self.axes, len(self.shape)
-        assert axes is not None
-        dropped = len(self.spec) - ndim
-        axes = dataclasses.replace(axes, stack=max(0, axes.stack - dropped))
+        encoder, axes = self.encoder, self.axes
+        assert axes is not None and axes.out is not None
+        stack = axes.stack - (len(self.spec) - len(self.shape))
+        # An encoder is given the axes of all it encodes, counted with the stack that is left.
+        axes = Axes(tuple(stack + a for a in axes.out), stack)
 
         @jax.custom_jvp
         def shown(w: jax.Array) -> jax.Array:
-            assert self.encoder is not None
-            return _dense(self._moved(self.encoder.run(w, axes, None, None, None)))
+            return _dense(self._moved(encoder(w, axes=axes)))
 
         @shown.defjvp
         def _(w: Any, step: Any) -> Any:
@@ -214,11 +216,11 @@ class Spread(Encoded):
         """Pins the parts as they are divided, then as they are used."""
         spec = PartitionSpec(*self.spec[len(self.spec) - len(x.shape) :])
         left = PartitionSpec(*(without(entry, (self.axis,)) for entry in spec))
-        here = _specs(x, spec, self.mesh), _specs(x, left, self.mesh)
+        here = _specs_of_parts(x, spec, self.mesh), _specs_of_parts(x, left, self.mesh)
         return jax.tree.map(lambda part, *specs: moved(part, self.mesh, *specs), x, *here)
 
 
-def _specs(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+def _specs_of_parts(x: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
     """Returns a partition for each part."""
     if not is_encoded(x):
         return spec

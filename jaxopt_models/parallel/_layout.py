@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._bits import array_bits
-from .._divided import moved, without
+from .._divided import moved, shard_bits, without
 from .._paths import flatten
 from ._dense import check_spec
 from ._shard import shardings_of
@@ -128,6 +128,6 @@ def shard_bytes(placed: Any) -> tuple[float, float]:
         if p.reason:
             continue
         for x in jax.tree.leaves(p.value):
-            local = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-            here, whole = here + array_bits(local) / 8, whole + array_bits(x) / 8
+            here += shard_bits(x, x.sharding.spec, x.sharding.mesh.shape) / 8
+            whole += array_bits(x) / 8
     return here, whole

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from .._divided import counts_of, shard_shape
+from .._divided import counts_of, mesh_axes, shard_bits, shard_shape
 from .._encoded import is_encoded
 from .._options import whole
 from .._table import Table
@@ -40,13 +41,8 @@ class Rules(list[tuple[str, PartitionSpec]]):
         self.inside = dict(inside or {})
 
     def spec(self, path: str) -> PartitionSpec:
-        """Returns the partition of a parameter."""
-        return spec_for(self, path)
-
-
-def spec_for(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
-    """Returns the partition of the first rule that matches a path; none divides nothing."""
-    return next((s for r, s in rules if re.fullmatch(r, path)), PartitionSpec())
+        """Returns the partition of a parameter; what no rule matches is not divided."""
+        return next((s for r, s in self if re.fullmatch(r, path)), PartitionSpec())
 
 
 def devices_of(size: int | None, mesh: Mesh | None, axis: str, who: str) -> int:
@@ -120,3 +116,14 @@ def why_not(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> str:
         parts = math.prod(counts)
         return f"{parts} parts would cut what its {x.kind()} stores together (groups, packed words)"
     return ""
+
+
+def bytes_each(x: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of a parameter on each device: what belongs to all of it is not divided."""
+    if not is_encoded(x):
+        return shard_bits(x, spec, sizes) // 8
+    if not mesh_axes(spec):
+        return x.storage_bits() // 8
+    specs = x.specs(spec, shard_shape(x.shape, spec, sizes))
+    parts = zip(jax.tree.leaves(x), jax.tree.leaves(specs), strict=True)
+    return sum(shard_bits(part, s, sizes) for part, s in parts) // 8

@@ -55,7 +55,21 @@ def shardings(tree: Any, mesh: Mesh, rules: Any) -> Any:
 
 
 def shardings_of(tree: Any, mesh: Mesh, rules: Any, who: str) -> Any:
-    """Returns :func:`shardings`; errors begin with ``who``."""
+    """Returns :func:`shardings` for another function.
+
+    Args:
+      tree: as for :func:`shardings`.
+      mesh: the devices.
+      rules: as for :func:`shardings`.
+      who: name of that function, with which errors begin.
+
+    Returns:
+      A tree of the structure of ``tree`` with a ``NamedSharding`` for each array.
+
+    Raises:
+      TypeError: for a mesh, or rules, that are none.
+      ValueError: as for :func:`shardings`.
+    """
     if not hasattr(mesh, "axis_names"):
         raise TypeError(
             f"{who}: mesh is {type(mesh).__name__}; give a Mesh, such as "

@@ -12,8 +12,8 @@ from .._options import whole
 from .._table import Table
 from ._atom_walk import Followed, axes_of, axis_of
 from ._atoms import Use, Value, flat
-from ._rules import Rules, devices_of, shortened
-from ._spaces import Space, bytes_of, chosen, gathers, made_by, refused, spaces_of
+from ._rules import Rules, bytes_each, devices_of, shortened
+from ._spaces import Space, chosen, gathers, made_by, refused, spaces_of
 
 
 def tensor(
@@ -63,9 +63,9 @@ def tensor(
       :func:`constrain` should pin.
 
     Raises:
-      TypeError: if ``fn`` is no function.
-      ValueError: if not exactly one of ``size`` and ``mesh`` is given, or ``axis`` is none of the
-        mesh's.
+      TypeError: if ``fn`` is no function, or for a mesh that is none.
+      ValueError: if not exactly one of ``size`` and ``mesh`` is given, ``axis`` is none of the
+        mesh's, or no activation that travels has the axis ``sequence``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,7 +121,14 @@ def tensor(
             inside |= _whole_lookups(axes, i, kinds)
     if sequence is not None:
         along = whole(sequence, "tensor: sequence", least=0)
-        inside |= _along_sequence(axes, taken, kinds, axis, along)
+        between = _along_sequence(axes, taken, kinds, axis, along)
+        if not between:
+            raise ValueError(
+                f"tensor: sequence={along} divides nothing: there is no lookup, sum or gather of "
+                f"an array with axis {along} before its last; give the axis of the positions, 1 in "
+                "[B, T, width], and a smallest= that lets parameters be divided"
+            )
+        inside |= between
     table = _table(axes, divided, notes, axis, size, name_of(fn))
     specs = {p.path: _spec(p.value, divided.get(i), axis) for i, p in enumerate(axes.parameters)}
     columns = ("operation", "kind", "parameter", "bytes", "times")
@@ -231,11 +238,11 @@ def _table(
 ) -> Table:
     rows, total, each = [], 0, 0
     for i, (p, value) in enumerate(zip(axes.parameters, axes.values, strict=True)):
-        found, stored = divided.get(i), bytes_of(p.value)
+        found = divided.get(i)
         note = found[1] if found else notes.get(i) or _because(p.value, value)
-        mine = stored // size if found else stored
-        total, each = total + stored, each + mine
         spec = _spec(p.value, found, name)
+        stored, mine = (bytes_each(p.value, s, {name: size}) for s in (PartitionSpec(), spec))
+        total, each = total + stored, each + mine
         rows.append((p.path, str(list(p.value.shape)), _shown(spec), stored, mine, note))
     columns = ("path", "shape", "divided", "bytes", "a device", "note")
     title = f"{fn}: {size} devices along {name!r} hold {each:,} of {total:,} bytes each"

@@ -10,6 +10,7 @@ from parallel_layouts import mesh_of, transfers
 
 import jaxopt_models as jom
 from jaxopt_models import Axes, Rule, parallel, quant
+from jaxopt_models._bits import dtype_bits
 
 RNG = np.random.default_rng(0)
 MESH = mesh_of((8,), ("data",))
@@ -163,6 +164,42 @@ def test_what_is_not_divided_is_encoded_too():
     np.testing.assert_allclose(run(parallel.shard(params, MESH, rules), spread(x)), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("axes", [None, Axes(out=(0,)), Axes(stack=1)], ids=repr)
+def test_layers_are_encoded_together_or_apart_as_the_rule_says(axes):
+    def use(params, x):
+        return jax.lax.map(lambda w: x @ w, params["w"]) + x @ params["w"][1:2]
+
+    params = {"w": normal(8, 8, 8) * jnp.arange(1.0, 9)[:, None, None]}
+    x, recipe = jnp.eye(8), [Rule("w", jom.prune.Magnitude(sparsity=0.5), axes=axes)]
+    run = parallel.gathered(use, [("w", P("data"))], mesh=MESH, recipe=recipe)
+    want = use(jom.straight_through(recipe)(params), x)
+    np.testing.assert_array_equal(run(params, x), want)
+
+
+def test_chains_are_encoded_before_they_travel():
+    both = jom.chain(jom.prune.Magnitude(sparsity=0.5), quant.Int(bits=4, group=8))
+    params, x = pair(), normal(16, 64)
+    recipe, rules = [Rule("a", both)], [("a|b", P("data"))]
+    run = parallel.gathered(fn, rules, mesh=MESH, recipe=recipe)
+    want = fn(jom.straight_through(recipe)(params), x)
+    np.testing.assert_allclose(run(parallel.shard(params, MESH, rules), x), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "encoder", [quant.Int(bits=4), jom.codebook.KMeans(bits=4), jom.prune.Magnitude(sparsity=0.5)]
+)
+def test_the_table_says_the_bytes_of_a_device(encoder):
+    small, x = jom.compress(pair(), [Rule(".*", encoder)]), normal(4, 64)
+    by_fsdp = parallel.fsdp(small, mesh=MESH, smallest=0)
+    by_tensor = parallel.tensor(fn, small, x, mesh=MESH, axis="data", smallest=0)
+    for rules in (by_fsdp, by_tensor):
+        shardings = jax.tree.leaves(parallel.shardings(small, MESH, rules))
+        parts = zip(jax.tree.leaves(small), shardings, strict=True)
+        bits = sum(np.prod(s.shard_shape(a.shape)) * dtype_bits(a.dtype) for a, s in parts)
+        assert rules.table.data["each"] == sum(rules.table.column("a device")) == bits // 8
+        assert rules.table.data["total"] == sum(x.storage_bits() for x in small.values()) // 8
+
+
 def test_mistakes():
     params, x = pair(), normal(16, 64)
     small = jom.compress(params, [Rule("b", quant.Int(bits=4, group=64))])
@@ -176,3 +213,32 @@ def test_mistakes():
         parallel.gathered(fn, rules, mesh=MESH, recipe=[Rule("b", quant.Int(bits=8))])(small, x)
     with pytest.raises(ValueError, match="rules divide a along 'data' already"):
         parallel.fsdp(params, mesh=MESH, rules=[("a", P("data"))])
+
+
+@pytest.mark.parametrize("where", [{"size": 2}, {"mesh": mesh_of((2, 4))}], ids=["size", "mesh"])
+def test_rules_of_other_axes_are_matched_as_shardings_does(where):
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8,))}
+    both = {"a": P("model", "data"), "b": P("data"), ".*": P()}
+    for given in ([("a", P("model"))], {"a": P("model"), "b": P()}):
+        assert dict(parallel.fsdp(params, rules=given, smallest=0, **where)) == both
+    mistakes = [
+        (ValueError, r"fsdp: the rules \['typo'\] divide nothing", [("typo", P("model"))]),
+        (ValueError, r"fsdp: b of shape \(8,\) has fewer axes", [("b", P("model", None))]),
+        (TypeError, "fsdp: rules='a'; give pairs", "a"),
+        (TypeError, r"rule 0 \('a'\) gives 'model', no PartitionSpec", [("a", "model")]),
+    ]
+    if "mesh" in where:
+        mistakes += [(ValueError, r"fsdp: a: .* names \['modle'\]", [("a", P("modle"))])]
+        params["c"] = quant.Int(bits=4, group=8)(jnp.ones((16, 8)))
+        mistakes += [(ValueError, r"rules divide c by .* would cut", [("c", P("model"))])]
+    for kind, words, rules in mistakes:
+        with pytest.raises(kind, match=words):
+            parallel.fsdp(params, rules=rules, smallest=0, **where)
+
+
+@pytest.mark.parametrize("rules", [P("data"), {"a": P("data"), "b": P(None, "data")}], ids=repr)
+def test_gathered_takes_every_form_of_rules(rules):
+    params, x = pair(), normal(16, 64)
+    there = parallel.shard(params, MESH, rules)
+    run = parallel.gathered(fn, rules, mesh=MESH)
+    np.testing.assert_allclose(run(there, x), fn(params, x), atol=1e-3)

@@ -356,6 +356,19 @@ def test_nnx_and_linen_get_the_same_rules():
     assert rules.spec("down/bias") == P()
 
 
+def test_a_sequence_that_no_activation_has():
+    fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]  # noqa: E731
+    params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+    find = lambda x, **more: parallel.tensor(fn, params, x, size=2, **more)  # noqa: E731
+    for axis in (1, 9):
+        with pytest.raises(ValueError, match=f"tensor: sequence={axis} divides nothing"):
+            find(jnp.ones((4, 4)), smallest=0, sequence=axis)
+    with pytest.raises(ValueError, match="a smallest= that lets parameters be divided"):
+        find(jnp.ones((4, 6, 4)), sequence=1)
+    rules = find(jnp.ones((4, 6, 4)), smallest=0, sequence=1)
+    assert sorted(rules.inside) == ["input:up", "path:down"]
+
+
 def test_mistakes():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     params, x, mesh = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)), mesh_of((2, 4))
