@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jaxpr import constants
 from .._loop import Replay, loop
 from .._options import whole
 from .._resume import Checkpoints, digest
@@ -104,6 +105,7 @@ def fit(
         identity = {
             "state": digest(state),
             "program": _checksum(program),
+            "constants": digest(constants(program)),
             "jax": jax.__version__,
             "metrics": " ".join(columns),
             "evaluate": str(evaluate is not None),

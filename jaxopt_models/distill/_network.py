@@ -40,7 +40,8 @@ class Network:
         several modalities each read their own part.
       taps: names of values inside that losses see, as for :func:`jaxopt_models.taps`.
       stateful: ``fn`` returns `(out, new_params)`, as ``functional(..., mutable=True)`` makes it;
-        batch statistics and counters are taken over from there while it is trained.
+        batch statistics and counters are taken over from there while it is trained. Collections
+        without ``params``, as linen's `apply(..., mutable=["batch_stats"])` returns them, do.
       fixed: regular expression on whole paths of floating leaves that are not trained, such as
         embeddings; of a stateful function they are state, too, and are taken over. Collections of
         linen's layers and nnx variables that are no parameters are known without it.

@@ -148,6 +148,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         )
 
 
+def test_a_checkpoint_of_a_run_with_other_numbers_in_closures_is_refused(tmp_path):
+    def run(weights):
+        def loss(student, teacher, batch):
+            return jnp.mean(weights * (student.out - teacher.out) ** 2)
+
+        scheme = distill.teacher_student(SCHEME_FN, TEACHER[0], loss, optax.sgd(0.1))
+        state = scheme.init(student("plain")[1], TEACHER[1])
+        distill.fit(scheme.step, state, batch, steps=2, progress=False, checkpoint=tmp_path)
+
+    run(jnp.arange(3.0)[None])
+    run(jnp.arange(3.0)[None])
+    with pytest.raises(ValueError, match="constants: "):
+        run(jnp.ones((1, 3)))
+
+
 def test_what_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
     def bad(step):
         x, y = batch(step)

@@ -103,6 +103,24 @@ def test_batch_statistics_are_taken_over():
         distill.Network(TEACHER[0], stateful=True).look(TEACHER[1], batch())
 
 
+def test_collections_alone_are_state_and_what_is_missing_is_named():
+    model = networks.Linen(norm=True)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 6)))
+
+    def scheme(fn):
+        net = distill.Network(fn, stateful=True)
+        return distill.teacher_student(net, TEACHER[0], LOSS, optax.sgd(0.1))
+
+    alone = scheme(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    state, _ = run(alone, alone.init(variables, TEACHER[1]), 1)
+    assert np.all(state.student["batch_stats"]["norm"]["mean"] != 0)
+    half = {"batch_stats": {"norm": {"mean": jnp.ones(5)}}}
+    for new, match in (({"zzz": jnp.ones(3)}, "zzz"), (half, "value for .*norm/var")):
+        wrong = scheme(lambda v, x, new=new: (model.apply(v, x), new))
+        with pytest.raises(ValueError, match=match):
+            jax.eval_shape(wrong.step, wrong.init(variables, TEACHER[1]), batch())
+
+
 def test_students_taught_jointly_equal_students_taught_apart():
     pairs = [plain((6, width, CLASSES), seed=width) for width in (4, 5, 7)]
     scheme = distill.joint([f for f, _ in pairs], TEACHER[0], LOSS, optax.adam(0.01))
