@@ -35,6 +35,7 @@ def batchnorm_statistics(
       A scalar; 0 for equal statistics, and where nothing counts.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the trees or the numbers of channels differ.
 
     Example:
@@ -89,6 +90,7 @@ def total_variation(images: jax.Array, *, where: Any = None, weights: Any = None
       A scalar; 0 for images of one color.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for other axes.
 
     Example:
