@@ -46,12 +46,12 @@ def one_seed(seed: int, *, quick: bool, choose: bool = False) -> dict[str, float
     part = images.split().validation if choose else None
     x = images.test_images if part is None else part.images
     y = images.test_labels if part is None else part.labels
-    source = images.split().train
-    if not choose:
-        source = data._images.Examples(images.train_images, images.train_labels)
-    rows = np.random.default_rng(seed).permutation(len(source.labels))[:LABELLED]
-    few = data.shuffled(source.images[rows], source.labels[rows], size=BATCH, seed=seed)
-    every = data.shuffled(source.images, source.labels, size=BATCH, seed=seed)
+    inputs, labels = images.train_images, images.train_labels
+    if choose:
+        inputs, labels = images.split().train.images, images.split().train.labels
+    rows = np.random.default_rng(seed).permutation(len(labels))[:LABELLED]
+    few = data.shuffled(inputs[rows], labels[rows], size=BATCH, seed=seed)
+    every = data.shuffled(inputs, labels, size=BATCH, seed=seed)
     steps = tuple(s // 20 for s in STEPS) if quick else STEPS
 
     def alone(count: int) -> Any:
@@ -74,11 +74,11 @@ def one_seed(seed: int, *, quick: bool, choose: bool = False) -> dict[str, float
         "all": (alone, every, ()),
         "all_taught": (both, every, teacher),
     }
-    found = {"dense": right(trained.apply, trained.params, x, y)}
+    found, zeros = {"dense": right(trained.apply, trained.params, x, y)}, []
     for name, (scheme, batches, start) in ways.items():
         tree = recovered(trained.apply, trained.params, scheme, batches, steps=steps, start=start)
         found[name] = right(fn, tree, x, y)
-    zeros = [float(jnp.mean(tree[k]["kernel"].materialize() == 0)) for k in tree]
+        zeros += [float(jnp.mean(tree[k]["kernel"].materialize() == 0)) for k in tree]
     found["sparsity"] = min(zeros)
     logger.info("recovery, seed %s: %s", seed, {k: round(v, 3) for k, v in found.items()})
     return found

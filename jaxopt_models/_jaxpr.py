@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 
@@ -27,6 +28,21 @@ def bodies(eqn: Any) -> list[Any]:
             one = getattr(one, "jaxpr", one)
             if hasattr(one, "eqns"):
                 found.append(one)
+    return found
+
+
+def constants(closed: Any) -> list[Any]:
+    """Returns the values that a jaxpr and all inside it hold, arrays in closures for instance."""
+    found, todo = [], [closed]
+    while todo:
+        one = todo.pop()
+        found += getattr(one, "consts", ())
+        jaxpr = getattr(one, "jaxpr", one)
+        for eqn in jaxpr.eqns:
+            found += [v.val for v in eqn.invars if is_literal(v) and jnp.shape(v.val)]
+            for value in eqn.params.values():
+                inside = value if isinstance(value, (tuple, list)) else [value]
+                todo += [x for x in inside if hasattr(getattr(x, "jaxpr", x), "eqns")]
     return found
 
 

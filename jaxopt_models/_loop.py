@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._progress import bar
+
+
+class Ended(ValueError):
+    """Batches that ended too early."""
+
+
+def check_batches(batches: Any, who: str) -> None:
+    """Raises a `TypeError` for one batch in the place of batches: a dict, an array, or a tuple.
+
+    A tuple is one if its parts are arrays of other types, or of other shapes but for their length.
+    """
+    one = isinstance(batches, Mapping) or hasattr(batches, "dtype")
+    if isinstance(batches, tuple) and all(hasattr(x, "dtype") for x in batches):
+        one = len({(x.dtype, jnp.shape(x)[1:]) for x in batches}) > 1
+    if one:
+        kind = "array" if hasattr(batches, "dtype") else type(batches).__name__
+        raise TypeError(
+            f"{who}: batches are one batch, of type {kind}; give [batch], or a function of the step"
+        )
 
 
 class Replay:
@@ -16,9 +36,14 @@ class Replay:
     Args:
       batches: the iterable; one that gives other batches each time makes no resumed run exact.
       who: the public function, for messages.
+
+    Raises:
+      TypeError: for one batch in the place of batches.
+      Ended: from a call, if it ends and gives nothing when it is iterated again.
     """
 
     def __init__(self, batches: Iterable[Any], who: str):
+        check_batches(batches, who)
         self.batches = batches
         self.who = who
         self.iterator = iter(())
@@ -36,7 +61,7 @@ class Replay:
                 try:
                     self.batch = next(self.iterator)
                 except StopIteration:
-                    raise ValueError(
+                    raise Ended(
                         f"{self.who}: batches ended at step {self.next} and cannot be iterated "
                         "again; pass a list, a data loader, or a function of the step"
                     ) from None
@@ -67,7 +92,8 @@ def loop(
       title: of the bar.
       show: whether there is one.
       save: keeps a state.
-      save_every: steps between two calls of it; another follows the last step, and Ctrl-C.
+      save_every: steps between two calls of it; another follows the last step, Ctrl-C, and
+        batches that end too early.
       text: what stands beside the bar, from what a step found; it waits for that.
       each: called after each step with the number done, the state and what it found; true ends
         the loop.
@@ -87,7 +113,7 @@ def loop(
                     save(state)
                 if stop:
                     break
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         # Interrupted inside a step the state may be given up already; then what was saved last
         # stands.
         if not any(x.is_deleted() for x in jax.tree.leaves(state) if hasattr(x, "is_deleted")):

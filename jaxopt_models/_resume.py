@@ -92,12 +92,20 @@ def claim(
     fix: str = "Give another folder, or remove this one to start anew",
 ) -> None:
     """Makes a folder that of a run, or raises a `ValueError` if it is that of another."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{option}={str(folder)!r} is a file, or below one; give a folder"
+        ) from None
     file = folder / "run.json"
     if not file.exists():
         _write(file, json.dumps(identity))
         return
-    found = json.loads(file.read_text())
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (TypeError, ValueError):
+        raise ValueError(f"{option}: {str(file)!r} is damaged. {fix}") from None
     differ = [k for k in identity if found.get(k) != identity[k]]
     if differ:
         lines = [f"\n  {k}: {found.get(k)} there, {identity[k]} here" for k in differ]

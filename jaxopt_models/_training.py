@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,12 @@ from ._compress import compress
 from ._encoded import materialize
 from ._loop import loop
 from ._partition import combine, matching, partition
-from ._paths import flatten
+from ._paths import flatten, is_variables
 from ._recipe import Rule
 from ._resume import Checkpoints
+
+# What a call sows is a report of that call, no state of the next one.
+_SOWN = ("collection 'intermediates'", "collection 'losses'", "nnx.Intermediate")
 
 
 @dataclasses.dataclass
@@ -104,11 +107,30 @@ def take_state(tree: Any, new: Any, *, fixed: str | None = None) -> Any:
 
     Args:
       tree: parameters and state.
-      new: the same, as a function returned them.
+      new: the same, as a function returned them; of linen's ``variables`` the collections that
+        `apply(..., mutable=[...])` returns are enough.
       fixed: paths of floating leaves that are no parameters either, as for :func:`partition`.
+
+    Raises:
+      ValueError: if a leaf of the state gets no new value, or a new one has no place.
     """
     leaves, unflatten = flatten(tree)
     stays = matching(leaves, fixed, "fixed")
-    fresh = {p.path: p.value for p in flatten(new)[0] if p.reason or p.path in stays}
-    whole = unflatten([fresh.get(p.path, p.value) for p in leaves])
+    alone = isinstance(new, Mapping) and "params" not in new
+    if alone and is_variables(tree) and is_variables({**new, "params": None}):
+        new = {**tree, **new}
+    found = flatten(new)[0]
+    fresh = {p.path: p.value for p in found}
+    lost = [p.path for p in leaves if (p.reason or p.path in stays) and p.path not in fresh]
+    known = {p.path for p in leaves}
+    odd = [p.path for p in found if p.path not in known and p.reason not in _SOWN]
+    if lost or odd:
+        wrong = [f"no new value for {', '.join(lost)}"] if lost else []
+        wrong += [f"{', '.join(odd)}, which params do not hold"] if odd else []
+        raise ValueError(
+            f"a stateful function returned {'; and '.join(wrong)}. Return (out, new_params) with "
+            "the paths of params, such as {**params, **new}, or take the function from "
+            "jaxopt_models.functional(model, mutable=True)"
+        )
+    whole = unflatten([fresh[p.path] if p.reason or p.path in stays else p.value for p in leaves])
     return partition(whole, fixed=fixed)[1]

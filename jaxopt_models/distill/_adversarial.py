@@ -21,6 +21,15 @@ from ._state import Scheme, State, check_floating
 from ._teach import one_student
 
 
+def _shown(seen: Any) -> jax.Array:
+    if isinstance(seen, list):
+        raise TypeError(
+            "adversarial: there are several teachers, and a judge sees one; give view=, from the "
+            "list of what they show, and from what the student shows, to an array"
+        )
+    return seen.out
+
+
 def adversarial(
     student: Any,
     teacher: Any,
@@ -31,7 +40,7 @@ def adversarial(
     judge_optimizer: optax.GradientTransformation | None = None,
     weight: float = 0.1,
     kind: str = "logistic",
-    view: Callable[[Seen], jax.Array] = lambda seen: seen.out,
+    view: Callable[[Seen], jax.Array] = _shown,
     condition: Callable[[Any], Any] | None = second,
     heads_optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
@@ -60,9 +69,11 @@ def adversarial(
       judge_optimizer: of the judge; default `optax.adam(1e-3, b1=0.5)`.
       weight: `lambda`.
       kind: the losses of both sides: ``"logistic"``, ``"hinge"`` or ``"squares"``.
-      view: what the judge sees of a network. Where student and teacher differ in width, project
-        the student's with ``seen.heads``.
-      condition: from a batch to what the judge is told besides; ``None`` for nothing.
+      view: what the judge sees of a network, student and teacher. Where these differ in width,
+        project the student's, which alone has heads: ``lambda seen: seen.out if seen.heads is
+        None else distill.project(seen.heads, seen.out)``.
+      condition: from a batch to what the judge is told besides: labels, of a judge with
+        ``classes``; ``None`` for nothing.
       heads_optimizer: another one for heads; default: the same.
       mesh: devices over which batches are divided.
       axis: the axis of the mesh that divides them.

@@ -93,7 +93,7 @@ def confidence(logits: Sequence[Any], labels: Any) -> jax.Array:
 
     Args:
       logits: of `n` teachers, each `[B, C]`.
-      labels: whole numbers `[B]`.
+      labels: whole numbers `[B]`; one that names no class makes the weights of its example NaN.
 
     Returns:
       `[B, n]`, for :func:`blend`.

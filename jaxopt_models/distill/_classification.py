@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from .._options import number
+from .._options import number, portion
 from ._core import Loss
 from ._labels import cross_entropy
 from ._network import Seen
-from ._soft import kd
+from ._reduce import positive
+from ._soft import check_divergence, kd
 
 
 def second(batch: Any) -> Any:
@@ -21,9 +22,11 @@ def second(batch: Any) -> Any:
       TypeError: if it has no second part.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        kind = "an array" if hasattr(batch, "dtype") else type(batch).__name__
         raise TypeError(
-            f"a batch is {type(batch).__name__}, no tuple (inputs, labels); say where labels are: "
-            "classification(labels=lambda batch: batch['label'])"
+            f"a batch is {kind}, no tuple (inputs, labels); say where labels are: "
+            "classification or deep_supervision(labels=lambda batch: batch['label']), "
+            "adversarial(condition=...), where None tells the judge nothing"
         )
     return batch[1]
 
@@ -60,7 +63,8 @@ def classification(
       ``soft``.
 
     Raises:
-      TypeError, ValueError: for weights that are no numbers or negative.
+      TypeError, ValueError: for weights that are no numbers or negative, or other options out of
+        range; from a step, if there are no labels or nobody teaches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,6 +79,12 @@ def classification(
     hard, soft = number(hard, "classification: hard"), number(soft, "classification: soft")
     if hard < 0 or soft < 0 or hard + soft == 0:
         raise ValueError(f"classification: hard={hard}, soft={soft}; give one that is above 0")
+    temperature = positive(temperature, "classification", "temperature")
+    smoothing = portion(smoothing, "classification: smoothing")
+    check_divergence(divergence, "classification")
+    check_reader(labels, "classification: labels")
+    if where is not None:
+        check_reader(where, "classification: where")
 
     def loss(student: Seen, others: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         counts = None if where is None else where(batch)
@@ -108,6 +118,15 @@ def classification(
         return sum(weights[name] * part for name, part in parts.items()), parts
 
     return loss
+
+
+def check_reader(reader: Any, name: str) -> None:
+    """Raises a `TypeError` unless something that takes a part of a batch can be called."""
+    if not callable(reader):
+        raise TypeError(
+            f"{name} is {type(reader).__name__}; give a function of the batch, such as "
+            "lambda batch: batch[1]"
+        )
 
 
 def _listed(others: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import optax
 from .._partition import combine
 from ._network import Network, Seen
 from ._place import Place
-from ._state import State, begin, check_state, taken_over
+from ._state import State, begin, check_state, strong, taken_over
 
 # (network, what the others show, batch) -> loss, (loss, metrics) or (loss, metrics, memory).
 Loss = Callable[[Seen, Any, Any], Any]
@@ -56,9 +56,13 @@ def split_loss(
         value, metrics, new = (*found, None)[:3]
     if not _is_number(value) or not jnp.issubdtype(value.dtype, jnp.floating):
         got = getattr(value, "aval", type(value).__name__)
-        raise TypeError(f"{who}: loss returned {got}; return one floating number, such as a mean")
-    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
+        raise TypeError(
+            f"{who}: loss returned {got}; return one floating number that JAX computed, such as a "
+            "mean"
+        )
+    if not isinstance(metrics, dict) or not all(map(_is_metric, metrics.values())):
         raise TypeError(f"{who}: loss returned {metrics!r:.80} for metrics; give {{name: scalar}}")
+    metrics = {name: _metric(x) for name, x in metrics.items()}
     if taken := [name for name in metrics if name in reserved]:
         raise ValueError(
             f"{who}: a metric is named {taken[0]!r}; {', '.join(reserved)} are taken, rename it"
@@ -71,11 +75,23 @@ def split_loss(
             f"{who}: the loss returned memory {shapes[1]!r:.200}, and got {shapes[0]!r:.200}; pass "
             "init(memory=) what it begins with, of the same structure, shapes and dtypes"
         )
-    return value, metrics, new
+    return value, metrics, jax.tree.map(strong, new)
 
 
 def _is_number(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.shape(x) == () and jnp.issubdtype(x.dtype, jnp.number)
+
+
+def _is_metric(x: Any) -> bool:
+    if isinstance(x, (bool, int, float)) or _is_number(x):
+        return True
+    return hasattr(x, "dtype") and jnp.shape(x) == () and jnp.issubdtype(x.dtype, jnp.bool_)
+
+
+def _metric(x: Any) -> jax.Array:
+    x = strong(x)
+    # Means are taken of them.
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.bool_) else x
 
 
 def pairs(optimizer: Any, heads_optimizer: Any, count: int, who: str) -> list[tuple[Any, Any]]:
@@ -155,6 +171,7 @@ def side_by_side(
     taught_by: Callable[[State], Sequence[Any]] | None = None,
     after: Callable[[State, State], dict[str, Any]] | None = None,
     prepared: Callable[[Any, Any], Any] | None = None,
+    reserved: Sequence[str] = RESERVED,
 ) -> tuple[Callable[..., State], Callable[..., tuple[State, dict[str, jax.Array]]]]:
     """Returns how every student descends its own loss on the same batch.
 
@@ -169,6 +186,7 @@ def side_by_side(
       taught_by: from the state to the parameters of the teachers; default: those it holds.
       after: from the states before and after a step to what the scheme keeps.
       prepared: from teachers' parameters and a batch to what networks read in its place.
+      reserved: what metrics cannot be named.
 
     Returns:
       ``init`` over lists, and ``advance(state, batch)``, not compiled yet.
@@ -194,7 +212,9 @@ def side_by_side(
                 seen.append(dataclasses.replace(look, **more))
             still = [Seen(*jax.lax.stop_gradient((s.out, s.taps))) for s in seen]
             found = [
-                split_loss(loss(s, others(i, still, fixed), batch), who, s.memory)
+                split_loss(
+                    loss(s, others(i, still, fixed), batch), who, s.memory, reserved=reserved
+                )
                 for i, (loss, s) in enumerate(zip(losses, seen, strict=True))
             ]
             return sum(value for value, _, _ in found), (found, [s.new for s in seen])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from .._options import whole
 from .._partition import combine
-from ._core import Loss, check_loss, compiled, descend, pairs, side_by_side, split_loss
+from ._core import RESERVED, Loss, check_loss, compiled, descend, pairs, side_by_side, split_loss
 from ._generators import generated
 from ._inversion import Inversions
 from ._network import as_network
@@ -127,6 +127,7 @@ def data_free(
         lambda i, students, fixed: fixed[0],
         pairs(optimizer, heads_optimizer, 1, who),
         place=place,
+        reserved=(*RESERVED, "generator"),
     )
 
     def imagine(params: Any, key: jax.Array, count: int = batch) -> tuple[jax.Array, Any]:
@@ -197,6 +198,11 @@ def data_free(
         key: Any = None,
     ) -> State:
         check_floating(generator_params, f"{who}: generator_params")
+        if generator is generated and not isinstance(generator_params, Mapping):
+            raise TypeError(
+                f"{who}: generator_params are {type(generator_params).__name__}; give those that "
+                "distill.generator makes, or generator= the function they belong to"
+            )
         told = generator_params.get("classes") if generator is generated else None
         if told is not None and classes is not None and len(told) != classes:
             raise ValueError(

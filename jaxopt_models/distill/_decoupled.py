@@ -149,12 +149,14 @@ def dist(
 
     def centred(x: jax.Array, share: jax.Array, axis: int) -> jax.Array:
         # From the largest that counts: what is constant leaves its rounding at most.
-        top = jax.lax.stop_gradient(jnp.max(jnp.where(share > 0, x, 0), axis=axis, keepdims=True))
+        counted = jnp.where(share > 0, x, 0)
+        top = jax.lax.stop_gradient(jnp.max(counted, axis=axis, keepdims=True, initial=0))
         x = x - top
         x = x - jnp.sum(share * x, axis=axis, keepdims=True)
         # XLA may compute a value twice and round it differently, and unit would make much of it.
-        largest = jnp.max(jnp.where(share > 0, jnp.abs(x), 0), axis=axis, keepdims=True)
-        return jnp.where(largest > 8 * jnp.finfo(x.dtype).eps * top, x, 0)
+        counted = jnp.where(share > 0, jnp.abs(x), 0)
+        largest = jnp.max(counted, axis=axis, keepdims=True, initial=0)
+        return jnp.where(largest <= 8 * jnp.finfo(x.dtype).eps * top, 0, x)
 
     even = jnp.full_like(p, 1 / p.shape[-1])
     rows = apart(centred(q, even, -1), centred(p, even, -1), -1)

@@ -62,7 +62,7 @@ def soften(
     student, teacher = finite(student), finite(teacher)
 
     def normalised(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+        top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True, initial=FLOOR))
         e = jnp.exp((z - top) / temperature)
         total = jnp.sum(e, axis=-1, keepdims=True)
         return e / total, top, jnp.log(total)
@@ -103,6 +103,14 @@ def _excess_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
     return _excess(x), jnp.expm1(x) * dx
 
 
+@jax.custom_jvp
 def to_middle(ratio: jax.Array) -> jax.Array:
     """Returns `log((1 + exp(ratio)) / 2)`, with all digits near 0."""
     return jnp.maximum(ratio, 0) + jnp.log1p(jnp.expm1(-jnp.abs(ratio)) / 2)
+
+
+@to_middle.defjvp
+def _to_middle_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    # Of the maximum and the magnitude the second derivative would be lost at 0.
+    (ratio,), (d_ratio,) = primals, tangents
+    return to_middle(ratio), jax.nn.sigmoid(ratio) * d_ratio

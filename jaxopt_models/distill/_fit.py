@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jaxpr import constants
 from .._loop import Replay, loop
 from .._options import whole
 from .._resume import Checkpoints, digest
@@ -55,7 +56,8 @@ def fit(
       patience: evaluations without a better score after which to stop; ``None`` for never.
       checkpoint: folder for checkpoints; one of another run (other parameters, teachers, numbers,
         program or version of JAX) is refused. That batches are the same is up to the caller.
-      save_every: steps between two checkpoints; others follow the last step, and Ctrl-C.
+      save_every: steps between two checkpoints; others follow the last step, Ctrl-C, and batches
+        that end too early.
       progress: show a bar.
       title: of the bar.
 
@@ -65,9 +67,11 @@ def fit(
     Raises:
       FloatingPointError: if a metric, a parameter or a score is not finite; the last checkpoint
         stands.
-      TypeError: for a step or a state that is none.
+      TypeError: for a step or a state that is none, a single batch in place of batches, or an
+        ``evaluate`` that is no function or returns no number.
       ValueError: for numbers out of range, patience without ``evaluate``, a checkpoint of another
-        run, or batches that end and cannot be iterated again.
+        run, a file in place of its folder, or batches that end and cannot be iterated again; what
+        was done until then is saved.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -87,6 +91,10 @@ def fit(
         patience = whole(patience, "fit: patience", least=1)
         if evaluate is None:
             raise ValueError("fit: patience= without evaluate=; give a score to be patient about")
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(
+            f"fit: evaluate is {type(evaluate).__name__}; give a function from the state to a score"
+        )
     if not callable(step):
         raise TypeError(f"fit: step is {type(step).__name__}; pass the step of a scheme")
     check_state(state, "fit")
@@ -104,6 +112,7 @@ def fit(
         identity = {
             "state": digest(state),
             "program": _checksum(program),
+            "constants": digest(constants(program)),
             "jax": jax.__version__,
             "metrics": " ".join(columns),
             "evaluate": str(evaluate is not None),
@@ -123,7 +132,7 @@ def fit(
                 show=progress,
                 save=run.save,
                 save_every=save_every,
-                text=lambda found: f"loss {np.mean(found['loss']):.4f}" if found else "",
+                text=_text,
                 each=run.each,
             )
     return run.result()
@@ -141,6 +150,10 @@ def _once(batches: Callable[[int], Any]) -> Callable[[int], Any]:
         return kept[step]
 
     return at
+
+
+def _text(found: dict[str, Any]) -> str:
+    return f"loss {np.mean(found['loss']):.4f}" if "loss" in found else ""
 
 
 def _columns(shapes: dict[str, Any]) -> list[str]:

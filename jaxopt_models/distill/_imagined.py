@@ -31,6 +31,7 @@ def one_hot(logits: jax.Array, *, where: Any = None, weights: Any = None) -> jax
       A scalar, from 0 to `log V`.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for a mask or weights of other axes.
 
     Example:
@@ -66,6 +67,7 @@ def information_entropy(logits: jax.Array, *, where: Any = None, weights: Any = 
       A scalar, from `-log V` to 0.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for a mask or weights of other axes.
 
     Example:
@@ -100,6 +102,7 @@ def activation(features: jax.Array, *, where: Any = None, weights: Any = None) -
       A scalar, 0 or less.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for a mask or weights of other axes.
 
     Example:
@@ -137,6 +140,7 @@ def disagreement(
       A scalar; 0 for equal logits.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the shapes differ.
 
     Example:
@@ -179,6 +183,7 @@ def adversarial_js(
       A scalar, from 0 to 1.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the shapes differ, or the temperature is not above 0.
 
     Example:

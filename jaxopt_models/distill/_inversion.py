@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._options import whole
-from ._reduce import channel_means, floats, magnitude, mean, only
+from ._reduce import channel_means, counts, floats, magnitude, mean, only
 
 
 def batchnorm_statistics(
@@ -32,9 +32,10 @@ def batchnorm_statistics(
       weights: of leading axes, of all layers.
 
     Returns:
-      A scalar; 0 for equal statistics.
+      A scalar; 0 for equal statistics, and where nothing counts.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the trees or the numbers of channels differ.
 
     Example:
@@ -70,7 +71,8 @@ def batchnorm_statistics(
         center = channel_means(x, who, where=where, weights=weights)
         off = jnp.square(x - center.reshape((1,) * (x.ndim - 1) + center.shape))
         spread = channel_means(off, who, where=where, weights=weights)
-        total = total + _norm(center - mu) + _norm(spread - variance)
+        some = jnp.any(counts(x[..., 0], who, where=where, weights=weights) > 0)
+        total = total + jnp.where(some, _norm(center - mu) + _norm(spread - variance), 0)
     return total
 
 
@@ -88,6 +90,7 @@ def total_variation(images: jax.Array, *, where: Any = None, weights: Any = None
       A scalar; 0 for images of one color.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for other axes.
 
     Example:
@@ -198,4 +201,5 @@ class Inversions(NamedTuple):
 def _norm(x: jax.Array) -> jax.Array:
     """Returns the length of a vector, with a derivative of zero where it is zero."""
     square = jnp.sum(x * x)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    zero = square <= 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

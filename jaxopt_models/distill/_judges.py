@@ -111,6 +111,12 @@ def judged(params: dict[str, Any], x: jax.Array, condition: Any = None) -> jax.A
             raise ValueError(f"{who}: the judge has classes; give labels, shape {x.shape[:1]}")
         labels = indices(condition, x.shape[:1], who, "condition")
     elif condition is not None:
+        if jnp.issubdtype(jnp.result_type(condition), jnp.integer):
+            raise TypeError(
+                f"{who}: condition is {jnp.result_type(condition)}, labels, and the judge was made "
+                "without classes=; give it classes=, an array of floats, or no condition: "
+                "adversarial(..., condition=None)"
+            )
         condition = rows(floats(condition, who, "condition"))
         if condition.shape[0] != x.shape[0]:
             raise ValueError(

@@ -34,8 +34,8 @@ def mutual(
 
     Args:
       peers: at least two functions or networks, of any sizes.
-      loss: `(peer, others, batch) -> value`, ``others`` a list of :class:`Seen`; a list for
-        one each.
+      loss: `(peer, others, batch) -> value`, ``others`` a list of :class:`Seen` with ``out`` and
+        ``taps`` alone; a list for one each.
       optimizer: any optax transformation, each peer having its own state; a list for one each.
       heads_optimizer: another one for heads; default: the same.
       mesh: devices over which batches are divided.

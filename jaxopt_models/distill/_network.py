@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from .._accelerate import accelerate, simulate
+from .._encoded import is_encoded
 from .._taps import tapped
 
 
@@ -17,8 +18,10 @@ def first(batch: Any) -> Any:
     """Returns the first part of a batch that is a tuple or a list, otherwise the batch itself.
 
     Raises:
-      TypeError: for a dict, whose first part is not what anyone means.
+      TypeError: for a dict, whose first part is not what anyone means, or no batch at all.
     """
+    if batch is None:
+        raise TypeError("there is no batch; give step(state, batch), or batches to distill.fit")
     if isinstance(batch, dict):
         raise TypeError(
             f"a batch is a dict of {sorted(batch)}; say which of it the network reads: "
@@ -40,7 +43,8 @@ class Network:
         several modalities each read their own part.
       taps: names of values inside that losses see, as for :func:`jaxopt_models.taps`.
       stateful: ``fn`` returns `(out, new_params)`, as ``functional(..., mutable=True)`` makes it;
-        batch statistics and counters are taken over from there while it is trained.
+        batch statistics and counters are taken over from there while it is trained. Collections
+        without ``params``, as linen's `apply(..., mutable=["batch_stats"])` returns them, do.
       fixed: regular expression on whole paths of floating leaves that are not trained, such as
         embeddings; of a stateful function they are state, too, and are taken over. Collections of
         linen's layers and nnx variables that are no parameters are known without it.
@@ -90,11 +94,20 @@ class Network:
 
         Returns:
           What there is to see. New parameters of a stateful function are in ``new``.
+
+        Raises:
+          ValueError: if a stateful function returns no pair `(out, new_params)`, or another one
+            does.
         """
         inputs = self.inputs(batch)
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         out, found = self._runs[learn](params, *inputs)  # type: ignore[attr-defined]
         new = None
+        if not self.stateful and _holds_new(out, params):
+            raise ValueError(
+                "Network: fn returned (out, new_params), whose new_params would be lost; give "
+                "stateful=True: distill.Network(fn, stateful=True)"
+            )
         if self.stateful:
             if not isinstance(out, tuple) or len(out) != 2:
                 raise ValueError(
@@ -111,10 +124,23 @@ class Network:
         return lambda *args: (run(*args), {})
 
 
+def _holds_new(out: Any, params: Any) -> bool:
+    """Says whether a function returned a pair that ends in a tree just like its parameters."""
+    if not isinstance(out, tuple) or len(out) != 2:
+        return False
+    (a, form), (b, other) = (jax.tree.flatten(x, is_leaf=is_encoded) for x in (params, out[1]))
+    if not a or form != other or jax.tree_util.treedef_is_leaf(form):
+        return False
+    return [getattr(x, "shape", ()) for x in a] == [getattr(x, "shape", ()) for x in b]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What a loss may look at of one network.
+
+    Of peers, and of a teacher that is trained beside its students, it holds ``out`` and ``taps``
+    alone; of a teacher that stays, ``params``, too.
 
     Args:
       out: what its function returned.

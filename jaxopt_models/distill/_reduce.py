@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ def _leading(x: jax.Array, values: jax.Array, who: str, name: str) -> jax.Array:
 
 def rows(x: jax.Array) -> jax.Array:
     """Returns `[B, ...]` as `[B, D]`."""
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def magnitude(x: jax.Array) -> jax.Array:
@@ -172,7 +173,7 @@ def scaled(x: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Array:
     For what does not depend on the scale of `x`: powers of small entries do not vanish then.
     Below 1e-30 derivatives would soon be infinite, and it stays as it is.
     """
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
     return x / jnp.where(top > 1e-30, top, 1)
 
 

@@ -93,8 +93,8 @@ def relational_distance(
     def distances(x: jax.Array) -> jax.Array:
         # Of differences: a Gram matrix would leave noise in place of small distances.
         square = jnp.sum(_differences(x) ** 2, axis=-1)
-        apart = square > jnp.finfo(square.dtype).tiny
-        distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
+        same = square <= jnp.finfo(square.dtype).tiny
+        distance = jnp.where(same, 0, jnp.sqrt(jnp.where(same, 1, square)))
         middle = mean(distance, "relational_distance", weights=pairs)
         return distance / jnp.where(middle > 0, middle, 1)
 
@@ -189,7 +189,9 @@ def pkt(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = Non
 
     def chances(x: jax.Array) -> jax.Array:
         x = unit(x)
-        return jnp.where(pairs > 0, jnp.log((x @ x.T + 1) / 2 + 1e-7), -1e30)
+        # Rounding leaves cosines of opposite examples below -1, where there is no logarithm.
+        cosine = jnp.clip(jnp.matmul(x, x.T, precision="highest"), -1, 1)
+        return jnp.where(pairs > 0, jnp.log((cosine + 1) / 2 + 1e-7), -1e30)
 
     values = relative_entropy(*soften(chances(student), chances(teacher)))
     return mean(values, "pkt", where=where)
@@ -220,7 +222,7 @@ def _differences(x: jax.Array) -> jax.Array:
     # XLA may compute a value twice and round it differently: equal rows are not quite apart then,
     # and their direction would be made of rounding alone.
     largest = jnp.max(jnp.abs(apart), axis=-1, keepdims=True)
-    return jnp.where(largest > 8 * jnp.finfo(x.dtype).eps, apart, 0)
+    return jnp.where(largest <= 8 * jnp.finfo(x.dtype).eps, 0, apart)
 
 
 def _huber(x: jax.Array) -> jax.Array:

@@ -42,15 +42,17 @@ class Fitted:
           The matplotlib axes.
         """
         ax = axes_of(ax, 3.5)
-        steps = self.history.column("step")
+        steps, lines = self.history.column("step"), []
         for name in self.history.columns[1:]:
             values = self.history.column(name)
             if name.partition("/")[0] == "loss" or name == "score":
                 axes = ax.twinx() if name == "score" else ax
-                axes.plot(steps, values, label=name, color="C3" if name == "score" else None)
+                lines += axes.plot(
+                    steps, values, label=name, color="C3" if name == "score" else None
+                )
                 axes.set_ylabel(name)
         ax.set_xlabel("step")
-        ax.legend()
+        ax.legend(handles=lines)  # the score has axes of its own
         return ax
 
 
@@ -74,6 +76,14 @@ class Saved:
 def _finite(trained: Any) -> jax.Array:
     parts = [jnp.all(jnp.isfinite(x.astype(jnp.float32))) for x in jax.tree.leaves(trained)]
     return jnp.all(jnp.stack(parts))
+
+
+def _score(found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        kind = type(found).__name__
+        raise TypeError(f"fit: evaluate returned {kind}; return one number") from None
 
 
 class Run:
@@ -153,7 +163,7 @@ class Run:
 
     def _row(self, done: int, state: State) -> None:
         self._collect(done)
-        score = np.nan if self.evaluate is None else float(self.evaluate(state))
+        score = np.nan if self.evaluate is None else _score(self.evaluate(state))
         if self.evaluate is not None and not np.isfinite(score):
             raise FloatingPointError(f"fit: evaluate returned {score} after step {done}")
         at = len(self._done())

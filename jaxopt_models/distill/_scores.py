@@ -46,6 +46,7 @@ def judge_loss(
       A scalar; it is least when the judge is always right.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for another kind.
 
     Example:
@@ -97,6 +98,7 @@ def fool_loss(
       A scalar.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for another kind.
 
     Example:
@@ -137,6 +139,7 @@ def judge_accuracy(
       A scalar: the mean of its shares of both.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for another kind.
 
     Example:
@@ -176,6 +179,7 @@ def gradient_penalty(
       A scalar; differentiable by what ``score`` closes over.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if ``score`` does not give one number for each example.
 
     Example:

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from .._options import number, portion
+from .._options import portion
 from .._partition import combine
-from ._classification import second
+from ._classification import check_reader, second
 from ._core import Loss, compiled, pairs, side_by_side
 from ._heads import project, projection
 from ._labels import cross_entropy
 from ._network import Network, Seen, as_network
 from ._place import Place
+from ._reduce import positive
 from ._soft import kd
 from ._state import Scheme, State
 
@@ -178,7 +179,9 @@ def deep_supervision(
       The loss, for :func:`self_taught`; metrics ``last`` and ``early``.
 
     Raises:
-      ValueError: from a step, if heads and taps are not of the same names.
+      TypeError: for weights or a temperature that are no numbers, or labels that are no function.
+      ValueError: for a negative weight, or a temperature that is not positive; from a step, if
+        heads and taps are not of the same names.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -194,7 +197,10 @@ def deep_supervision(
     References:
       Zhang et al., `Be Your Own Teacher <https://arxiv.org/abs/1905.08094>`_, 2019
     """
-    hard, soft = number(hard, "deep_supervision: hard"), number(soft, "deep_supervision: soft")
+    who = "deep_supervision"
+    hard, soft = positive(hard, who, "hard", zero=True), positive(soft, who, "soft", zero=True)
+    temperature = positive(temperature, who, "temperature")
+    check_reader(labels, "deep_supervision: labels")
 
     def loss(student: Seen, teacher: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         del teacher

@@ -52,6 +52,7 @@ def attention_relation(
       A scalar; 0 for equal attention.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for shapes that do not fit each other, or widths that ``heads`` does not divide.
 
     Example:
@@ -111,6 +112,7 @@ def self_relation(
       A scalar; 0 for equal relations.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for shapes that do not fit each other, or widths that ``heads`` does not divide.
 
     Example:
@@ -164,7 +166,7 @@ def sequence(
       A scalar; NaN if a token that counts is none of the `V`.
 
     Raises:
-      TypeError: if tokens are no whole numbers.
+      TypeError: if tokens are no whole numbers, or logits are not floating.
       ValueError: for shapes that do not fit each other, or scores without beams.
 
     Example:

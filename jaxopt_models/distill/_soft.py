@@ -66,8 +66,7 @@ def kd(
       Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network
       <https://arxiv.org/abs/1503.02531>`_, 2015
     """
-    if divergence not in ("forward", "reverse", "js"):
-        raise ValueError(f"kd: divergence={divergence!r} is none of 'forward', 'reverse', 'js'")
+    check_divergence(divergence, "kd")
     temperature = positive(temperature, "kd", "temperature")
     student, teacher = pair(student, teacher, "kd")
     student, teacher = only(student, where, "kd"), only(teacher, where, "kd")
@@ -81,6 +80,12 @@ def kd(
         values = relative_entropy(p, middle, to_middle(ratio)) / 2
         values += relative_entropy(q, middle, to_middle(-ratio)) / 2
     return temperature**2 * mean(values, "kd", where=where, weights=weights)
+
+
+def check_divergence(divergence: str, who: str) -> None:
+    """Raises a `ValueError` for a divergence that :func:`kd` has not."""
+    if divergence not in ("forward", "reverse", "js"):
+        raise ValueError(f"{who}: divergence={divergence!r} is none of 'forward', 'reverse', 'js'")
 
 
 def logit_mse(

@@ -46,6 +46,7 @@ def ctc_frames(
       A scalar; 0 for equal logits, and where no frame counts.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the shapes differ, ``blank`` is no class, or a temperature is not above 0.
 
     Example:
@@ -108,7 +109,7 @@ def ctc_sequence(
       that counts is blank, none of the `V`, or behind one that does not count.
 
     Raises:
-      TypeError: if labels are no whole numbers.
+      TypeError: if labels are no whole numbers, or logits are not floating.
       ValueError: for shapes that do not fit each other, scores without beams, or if ``blank`` is
         no class.
 
@@ -192,7 +193,7 @@ def transducer(
       behind one that does not count.
 
     Raises:
-      TypeError: if labels are no whole numbers.
+      TypeError: if labels are no whole numbers, or logits are not floating.
       ValueError: for shapes that do not fit each other, or if ``blank`` is no class.
 
     Example:

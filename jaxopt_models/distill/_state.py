@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from .._encoded import is_encoded
 from .._partition import combine, partition
-from .._paths import flatten
+from .._paths import flatten, key_name
 from .._training import take_state
-from ._network import Network
+from ._network import Network, is_module
 
 
 class Scheme(NamedTuple):
@@ -95,7 +95,7 @@ def begin(
     """Returns the state before the first step; the caller's arrays stay the caller's.
 
     Raises:
-      TypeError: if a student has nothing to train, or heads hold codes.
+      TypeError: if a student has nothing to train, parameters are no arrays, or heads hold codes.
       ValueError: if a stateful function has no state.
     """
     trained, rest, opt = [], [], []
@@ -104,6 +104,7 @@ def begin(
     ):
         if isinstance(params, State):
             raise TypeError(f"{who}: student {i} is a State; pass its parameters: state.student")
+        _check_arrays(params, f"{who}: student {i}")
         t, r = partition(params, fixed=network.fixed)
         if not jax.tree.leaves(t):
             raise TypeError(
@@ -115,6 +116,8 @@ def begin(
         trained.append((t, head))
         rest.append(r)
         opt.append((tx.init(t), tx_heads.init(head) if jax.tree.leaves(head) else None))
+    for i, params in enumerate(teachers):
+        _check_arrays(params, f"{who}: teacher {i}", teaches=True)
     key = jax.random.key(0) if key is None else key
     if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
         raise TypeError(f"{who}: key={key!r:.60} is no random key; pass jax.random.key(0)")
@@ -122,10 +125,40 @@ def begin(
         tuple(trained), tuple(rest), tuple(opt), (), tuple(memories), kept or {}, key, jnp.int32(0)
     )
     # A copy, since steps give up their state and the trees belong to the caller.
-    state = jax.tree.map(jnp.copy, state)
+    state = jax.tree.map(lambda x: strong(jnp.copy(x)), state)
     # NumPy arrays, as files give them, would be sent to the device in each step.
     masters = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), teachers)
     return dataclasses.replace(state, teachers=tuple(masters))
+
+
+def strong(x: Any) -> jax.Array:
+    """Returns an array of a type of its own, which Python's numbers have not.
+
+    A step whose state went in without one, and came out with one, would be compiled twice.
+    """
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+
+
+def _check_arrays(params: Any, name: str, *, teaches: bool = False) -> None:
+    """Raises a `TypeError` unless parameters are arrays; a teacher's may be Python floats."""
+
+    def stop(x: Any) -> bool:
+        return is_encoded(x) or (not teaches and is_module(x))
+
+    for keys, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=stop)[0]:
+        if is_module(x):
+            raise TypeError(
+                f"{name} holds the module {type(x).__name__}, whose state would be lost; make a "
+                "function of it: fn, params = jaxopt_models.functional(module, mutable=True), and "
+                "distill.Network(fn, stateful=True)"
+            )
+        if not (is_encoded(x) or hasattr(x, "dtype") or (teaches and isinstance(x, float))):
+            path = "/".join(map(key_name, keys))
+            raise TypeError(
+                f"{name}: {path} is {type(x).__name__}, and parameters are arrays; close over it "
+                "in fn, or give jnp.float32(...) for a number that is trained"
+            )
 
 
 def check_floating(tree: Any, name: str) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import artifact
+from .._loop import check_batches
 from .._options import whole
 from .._progress import bar
 from ._divergence import log_probabilities
@@ -122,7 +123,8 @@ def store(
     Raises:
       ValueError: for no batches, outputs without a batch axis, that are not finite or too large
         for the type, or `top` out of range.
-      TypeError: for an output that is no array of floats, or another ``dtype``.
+      TypeError: for an output that is no array of floats, another ``dtype``, or one batch in the
+        place of batches.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp
@@ -136,6 +138,7 @@ def store(
       >>> folder.cleanup()
     """
     dtype = _floating(dtype)
+    check_batches(batches, "store")
     if top is not None:
         top = whole(top, "store: top", least=1)
     network = as_network(teacher, "store", "teacher")

@@ -44,7 +44,8 @@ def succession(
       teacher_params: its parameters.
       successors: `(network, parameters to begin with)`, in order; a third entry is how it teaches
         the next one, if otherwise than it is trained: batch normalization in evaluation.
-      loss: `(student, teacher, batch) -> value` of every generation.
+      loss: `(student, teacher, batch) -> value` of every generation, without heads or memory, for
+        which there is no place here: train those by :func:`teacher_student`, one after another.
       optimizer: an optax transformation, or a function from the number of the generation to one.
       batches: as for :func:`fit`; every generation begins with the first.
       steps: of each generation.

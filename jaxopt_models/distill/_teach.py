@@ -187,7 +187,8 @@ def joint(
       loss: of each student; a list for one each.
       optimizer: any optax transformation, each student having its own state; a list for one
         each (the teacher's last, if it is trained).
-      teacher_loss: `(teacher, None, batch) -> value` to train the teacher; ``None``: it stays.
+      teacher_loss: `(teacher, None, batch) -> value` to train the teacher, of which students then
+        see ``out`` and ``taps`` alone; ``None``: it stays.
       heads_optimizer: another one for heads; default: the same.
       mesh: devices over which batches are divided.
       axis: the axis of the mesh that divides them.

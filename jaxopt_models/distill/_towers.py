@@ -52,6 +52,7 @@ def affinity(
       A scalar; 0 for equal affinities.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for shapes that do not fit each other, or temperatures not above 0.
 
     Example:
@@ -111,6 +112,7 @@ def image_text(
       A scalar.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for shapes that do not fit each other, or a temperature not above 0.
 
     Example:
@@ -154,6 +156,7 @@ def cross_modal(
       A scalar, from 0 to 2.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the shapes differ.
 
     Example:

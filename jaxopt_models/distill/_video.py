@@ -41,6 +41,7 @@ def align_frames(x: jax.Array, frames: int, *, where: Any = None) -> jax.Array:
       Shape `[B, F, ...]`; zeros in a frame none of whose old ones count.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: for fewer axes, or a mask of another shape.
 
     Example:
@@ -87,6 +88,7 @@ def motion(
       A scalar; 0 for equal changes, and for a single frame.
 
     Raises:
+      TypeError: for arrays that are not floating.
       ValueError: if the shapes differ.
 
     Example:

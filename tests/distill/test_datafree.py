@@ -159,6 +159,14 @@ def test_equal_statistics():
     assert value == 5
 
 
+def test_statistics_of_nothing_and_of_nan():
+    x, mu = np.ones((4, 5), np.float32), np.full(5, 2, np.float32)
+    kept = np.stack([mu, mu])
+    value, grads = finite(statistics, x, x, kept, kept, where=0 * WHERE, weights=WEIGHTS)
+    assert value == 0 and not any(map(np.any, grads))
+    assert np.isnan(alone(x * np.nan, mu, mu))
+
+
 def rough(images, *, where, weights):
     return total_variation(images, where=where, weights=weights)
 

@@ -164,3 +164,10 @@ def test_similarity_sees_no_scale():
     x, y = draw(5, 3), draw(5, 3)
     assert float(loss(1e-6 * x, y)) == pytest.approx(float(loss(x, y)), rel=1e-5)
     assert float(loss(x, y)) > 1e-2
+
+
+def test_opposite_examples_have_finite_likelihoods():
+    a = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
+    value = jax.jit(jax.vmap(jax.value_and_grad(lambda x: distill.pkt(x, x[::-1]))))
+    found, slopes = value(jnp.stack([a, -a, a + 1], axis=1))
+    assert np.isfinite(found).all() and np.isfinite(slopes).all()

@@ -148,6 +148,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         )
 
 
+def test_a_checkpoint_of_a_run_with_other_numbers_in_closures_is_refused(tmp_path):
+    def run(weights):
+        def loss(student, teacher, batch):
+            return jnp.mean(weights * (student.out - teacher.out) ** 2)
+
+        scheme = distill.teacher_student(SCHEME_FN, TEACHER[0], loss, optax.sgd(0.1))
+        state = scheme.init(student("plain")[1], TEACHER[1])
+        distill.fit(scheme.step, state, batch, steps=2, progress=False, checkpoint=tmp_path)
+
+    run(jnp.arange(3.0)[None])
+    run(jnp.arange(3.0)[None])
+    with pytest.raises(ValueError, match="constants: "):
+        run(jnp.ones((1, 3)))
+
+
 def test_what_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
     def bad(step):
         x, y = batch(step)
@@ -182,7 +197,9 @@ def test_history_holds_means():
     np.testing.assert_allclose(
         table.column("loss"), [np.mean(values[:4]), np.mean(values[4:])], rtol=1e-6
     )
-    assert fit(steps=6).plot().get_xlabel() == "step"
+    drawn = fit(steps=6, evaluate=lambda state: 1.0).plot()
+    assert drawn.get_xlabel() == "step"
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["loss", "score"]
 
 
 def test_batches_from_any_iterable():
@@ -197,3 +214,52 @@ def test_batches_from_any_iterable():
         fit(iter(Loader()), steps=7)
     with pytest.raises(ValueError, match="steps=0"):
         fit(steps=0)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "array", "dict"])
+def test_one_batch_is_no_batches(kind, tmp_path):
+    x, y = batch()
+    one = {"tuple": (x, y), "array": x, "dict": {"image": x}}[kind]
+    with pytest.raises(TypeError, match=f"fit: batches are one batch, of type {kind}; give"):
+        fit(one)
+    with pytest.raises(TypeError, match="store: batches are one batch"):
+        distill.store(tmp_path / "teacher.jom", *TEACHER, one, progress=False)
+    distill.store(tmp_path / "teacher.jom", *TEACHER, (x, x[:3]), progress=False)
+
+
+def test_what_was_done_before_batches_end_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="ended at step 7"):
+        fit((batch(i) for i in range(7)), checkpoint=tmp_path)
+    seen = []
+
+    def take(step):
+        seen.append(step)
+        return batch(step)
+
+    assert same(fit(take, checkpoint=tmp_path).state, fit().state)
+    assert seen == [0, *range(7, 23)], "the first for its shapes"
+
+
+def test_what_cannot_be_run_is_named(tmp_path):
+    with pytest.raises(TypeError, match="fit: evaluate is float"):
+        fit(evaluate=0.5)
+    with pytest.raises(TypeError, match="evaluate returned NoneType; return one number"):
+        fit(evaluate=lambda state: None, steps=1)
+    with pytest.raises(TypeError, match="there is no batch"):
+        fit(None)
+    file = tmp_path / "run.json"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(ValueError, match="is a file, or below one; give a folder"):
+            fit(checkpoint=folder)
+    with pytest.raises(ValueError, match="is damaged"):
+        fit(checkpoint=tmp_path)
+
+
+def test_a_step_may_tell_no_loss():
+    def step(state, batch):
+        state, found = SCHEME.step(state, batch)
+        return state, {"hard": found["hard"]}
+
+    done = distill.fit(step, start(), batch, steps=50, progress=False)
+    assert done.history.columns == ("step", "hard")

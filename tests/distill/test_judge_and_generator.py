@@ -85,6 +85,32 @@ def test_a_judge_that_is_wrongly_asked_for_is_named():
         scheme.step(scheme.init(PARAMS, PARAMS, judge), batch())
     with pytest.raises(ValueError, match="weight=-1"):
         distill.adversarial(FN, FN, LOSS, optax.sgd(0.1), weight=-1)
+    scheme = distill.adversarial(FN, FN, LOSS, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"made without classes=.*condition=None"):
+        scheme.step(scheme.init(PARAMS, PARAMS, judge), batch())
+    with pytest.raises(TypeError, match="condition="):
+        scheme.step(scheme.init(PARAMS, PARAMS, judge), batch()[0])
+    scheme = distill.adversarial(FN, [FN], LOSS, optax.sgd(0.1), condition=None)
+    with pytest.raises(TypeError, match=r"several teachers.*give view="):
+        scheme.step(scheme.init(PARAMS, [PARAMS], judge), batch())
+
+
+def test_a_student_of_another_width_is_projected_for_the_judge():
+    def view(seen):
+        return seen.out if seen.heads is None else distill.project(seen.heads, seen.out)
+
+    def loss(student, teacher, batch):
+        return distill.hint(view(student), teacher.out)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    wide = jax.random.normal(keys[0], (6, 5))
+    scheme = distill.adversarial(
+        lambda w, x: x @ w, FN, loss, optax.sgd(0.1), view=view, condition=None
+    )
+    head = distill.projection(keys[1], 5, CLASSES)
+    state = scheme.init(wide, PARAMS, distill.judge(keys[0], CLASSES, hidden=(4,)), heads=head)
+    state, metrics = scheme.step(state, batch())
+    assert np.isfinite(metrics["loss"]) and np.any(state.heads["kernel"] != head["kernel"])
 
 
 def imagine(params, noise, labels):
@@ -185,5 +211,13 @@ def test_what_makes_no_sense_without_data_is_named():
         free(generator=distill.generated, classes=3).init(PARAMS, TEACHER[1], made)
     with pytest.raises(ValueError, match="classes=1"):
         free(classes=1)
+    with pytest.raises(TypeError, match="generator_params are ArrayImpl; give those that"):
+        free(generator=distill.generated).init(PARAMS, TEACHER[1], jnp.eye(4))
+    with pytest.raises(ValueError, match="named 'generator'"):
+        named = lambda s, t, b: (apart(s, t, b), {"generator": 1.0})  # noqa: E731
+        told = distill.data_free(
+            FN, TEACHER[0], named, farther, optax.sgd(0.1), optax.sgd(0.1), generator=imagine
+        )
+        told.step(told.init(PARAMS, TEACHER[1], {"w": jnp.ones((100, 6))}))
     done = distill.fit(scheme.step, state, None, steps=4, progress=False)
     assert done.history.columns == ("step", "loss", "generator")

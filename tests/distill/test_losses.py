@@ -254,3 +254,21 @@ def test_arrays_are_checked(name):
     if name not in RELATED:
         with pytest.raises(ValueError, match="weights= has entries down to -2; give none below 0"):
             call(x, x, weights=jnp.array([1.0, 0, -2, 1, 1]))
+
+
+@every
+def test_what_is_not_finite_is_heard(name):
+    for row, column in ((1, slice(None)), (slice(None), slice(None))):
+        s, t = draw(), draw()
+        s[row, column] = np.nan
+        assert np.isnan(run(name, s, t)[0])
+        assert name in ("cross_entropy", "contrast") or np.isnan(run(name, t, s)[0])
+
+
+@every
+def test_a_batch_of_none_costs_nothing(name):
+    empty = jnp.zeros((0, C))
+    if name in ("decoupled", "cross_entropy", "contrast"):
+        return  # Whose labels here are those of five examples.
+    value, slope = jax.jit(jax.value_and_grad(LOSSES[name][0]))(empty, empty)
+    assert value == 0 and slope.shape == (0, C)

@@ -77,6 +77,14 @@ def test_is_a_distance_of_distributions(s, t):
     assert float(value) <= 4 * np.log(2) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("divergence, share", [("forward", 1), ("reverse", 1), ("js", 0.25)])
+def test_the_second_derivative_at_equal_logits_is_that_of_the_entropy(divergence, share):
+    z = jnp.zeros((1, 3))
+    loss = functools.partial(distill.kd, teacher=z, temperature=1.0, divergence=divergence)
+    found = jax.jit(jax.hessian(loss))(z).reshape(3, 3)
+    np.testing.assert_allclose(found, share * (np.eye(3) / 3 - 1 / 9), atol=1e-6)
+
+
 def test_tokens_and_their_masks():
     s, t = logits(2, 3, 5), logits(2, 3, 5)
     where = np.array([[1, 1, 0], [1, 0, 0]])

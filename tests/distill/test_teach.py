@@ -103,6 +103,24 @@ def test_batch_statistics_are_taken_over():
         distill.Network(TEACHER[0], stateful=True).look(TEACHER[1], batch())
 
 
+def test_collections_alone_are_state_and_what_is_missing_is_named():
+    model = networks.Linen(norm=True)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 6)))
+
+    def scheme(fn):
+        net = distill.Network(fn, stateful=True)
+        return distill.teacher_student(net, TEACHER[0], LOSS, optax.sgd(0.1))
+
+    alone = scheme(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    state, _ = run(alone, alone.init(variables, TEACHER[1]), 1)
+    assert np.all(state.student["batch_stats"]["norm"]["mean"] != 0)
+    half = {"batch_stats": {"norm": {"mean": jnp.ones(5)}}}
+    for new, match in (({"zzz": jnp.ones(3)}, "zzz"), (half, "value for .*norm/var")):
+        wrong = scheme(lambda v, x, new=new: (model.apply(v, x), new))
+        with pytest.raises(ValueError, match=match):
+            jax.eval_shape(wrong.step, wrong.init(variables, TEACHER[1]), batch())
+
+
 def test_students_taught_jointly_equal_students_taught_apart():
     pairs = [plain((6, width, CLASSES), seed=width) for width in (4, 5, 7)]
     scheme = distill.joint([f for f, _ in pairs], TEACHER[0], LOSS, optax.adam(0.01))
@@ -302,6 +320,47 @@ def test_wrong_arguments_are_named():
         distill.Network(fn, inputs=3)
     with pytest.raises(ValueError, match="above 0"):
         distill.classification(hard=0, soft=0)
+    for option in ({"temperature": 0}, {"smoothing": 1}, {"divergence": "x"}, {"labels": 1}):
+        with pytest.raises((TypeError, ValueError), match=f"classification: {next(iter(option))}"):
+            distill.classification(**option)
+    for option in ({"hard": -1}, {"soft": -1}, {"temperature": 0}, {"labels": 1}):
+        with pytest.raises(
+            (TypeError, ValueError), match=f"deep_supervision: {next(iter(option))}"
+        ):
+            distill.deep_supervision(**option)
+
+
+def test_parameters_are_arrays_and_what_a_function_returns_is_not_lost():
+    scheme = distill.teacher_student(*[TEACHER[0]] * 2, LOSS, optax.sgd(0.1))
+    kernel = {"kernel": jnp.ones((6, 3))}
+    for value in (2, True, "relu", 0.5):
+        with pytest.raises(TypeError, match=f"student 0: a/gain is {type(value).__name__}.*close"):
+            scheme.init({"a": kernel | {"gain": value}}, TEACHER[1])
+        if not isinstance(value, float):
+            with pytest.raises(TypeError, match="teacher 0: a/gain is"):
+                scheme.init(TEACHER[1], {"a": kernel | {"gain": value}})
+    module = networks.Nnx(networks.nnx.Rngs(0))
+    for params in (module, {"a": module}, networks.Linen()):
+        with pytest.raises(TypeError, match=r"holds the module .*functional"):
+            scheme.init(params, TEACHER[1])
+    look = distill.Network(lambda p, x: (x @ p["w"], p | {"mean": p["mean"] + 1})).look
+    with pytest.raises(ValueError, match="give stateful=True"):
+        look({"w": jnp.ones((6, 3)), "mean": jnp.zeros(3)}, batch())
+    pair = distill.Network(lambda w, x: (x @ w, w)).look(jnp.ones((6, 3)), batch()).out
+    assert len(pair) == 2
+
+
+def test_numbers_of_python_are_metrics_and_memories():
+    fn, params = student("plain")
+
+    def loss(student, teacher, batch):
+        metrics = {"heat": 4.0, "late": student.step > 1, "fixed": True}
+        return student.out.mean(), metrics, 0.5 * student.memory + student.out.max()
+
+    scheme = distill.teacher_student(fn, TEACHER[0], loss, optax.sgd(0.1))
+    _, metrics = run(scheme, scheme.init(params, TEACHER[1], memory=0.0), 3)
+    assert [float(metrics[n]) for n in ("heat", "late", "fixed")] == [4, 1, 1]
+    assert scheme.step.program._cache_size() == 1
 
 
 def test_the_step_the_key_and_masks_reach_the_loss():
