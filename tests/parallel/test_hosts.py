@@ -139,6 +139,13 @@ def test_fewer_take_up_what_more_have_left(tmp_path, checkpoint):
 
 
 @pytest.mark.full
+def test_one_begins_late(tmp_path):
+    where = folder(tmp_path, "late")
+    codes, texts, _ = run(2, where, work=(), slow=0)
+    assert codes == [0, 0], texts
+
+
+@pytest.mark.full
 def test_processes_that_differ(tmp_path, checkpoint):
     source, _ = checkpoint
     where = folder(tmp_path, "differ")
