@@ -1,5 +1,6 @@
 """Strict by default: rank promotion raises, warnings are errors, eight CPU devices."""
 
+import collections
 import gc
 import os
 import sys
@@ -67,8 +68,13 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--full"):
         return
-    kept = [item for item in items if "full" not in item.keywords]
-    dropped = [item for item in items if "full" in item.keywords]
+    kept, dropped, seen = [], [], collections.Counter()
+    for item in items:
+        every = item.get_closest_marker("every")
+        test = item.nodeid.partition("[")[0]
+        left_out = every is not None and seen[test] % every.args[0]
+        seen[test] += 1
+        (dropped if left_out or "full" in item.keywords else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept

@@ -40,6 +40,7 @@ def both(x, small, **options):
     return (conv(x, small, implementation=i, **options) for i in ("cpu", "xla"))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("inputs", INPUTS, ids=str)
 @pytest.mark.parametrize("shape", EDGES, ids=str)
 def test_every_kind_of_convolution(shape, inputs):

@@ -24,6 +24,7 @@ FORMATS = [
 NAMES = ["Int", "asymmetric", "HQQ", "Float", "NF4", "Normal", "Table", "Ternary", "Binary"]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scale", SCALES, ids=repr)
 @pytest.mark.parametrize("make", FORMATS, ids=NAMES)
 def test_zeros_stay_zeros(make, scale):
