@@ -22,13 +22,15 @@ def inner(params: dict[str, Any], *names: str) -> tuple[Any, Sequence[Any]]:
 
 def bodies(eqn: Any) -> list[Any]:
     """Returns every jaxpr inside an equation."""
+    return [getattr(one, "jaxpr", one) for one in _inside(eqn)]
+
+
+def _inside(eqn: Any) -> list[Any]:
+    """Returns the same, those that have constants with them."""
     found = []
     for value in eqn.params.values():
-        for one in value if isinstance(value, (tuple, list)) else [value]:
-            one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
-                found.append(one)
-    return found
+        found += value if isinstance(value, (tuple, list)) else [value]
+    return [x for x in found if hasattr(getattr(x, "jaxpr", x), "eqns")]
 
 
 def constants(closed: Any) -> list[Any]:
@@ -40,9 +42,7 @@ def constants(closed: Any) -> list[Any]:
         jaxpr = getattr(one, "jaxpr", one)
         for eqn in jaxpr.eqns:
             found += [v.val for v in eqn.invars if is_literal(v) and jnp.shape(v.val)]
-            for value in eqn.params.values():
-                inside = value if isinstance(value, (tuple, list)) else [value]
-                todo += [x for x in inside if hasattr(getattr(x, "jaxpr", x), "eqns")]
+            todo += _inside(eqn)
     return found
 
 

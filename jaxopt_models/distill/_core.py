@@ -54,12 +54,7 @@ def split_loss(
                 "or (value, metrics, memory)"
             )
         value, metrics, new = (*found, None)[:3]
-    if not _is_number(value) or not jnp.issubdtype(value.dtype, jnp.floating):
-        got = getattr(value, "aval", type(value).__name__)
-        raise TypeError(
-            f"{who}: loss returned {got}; return one floating number that JAX computed, such as a "
-            "mean"
-        )
+    value = one_number(value, who)
     if not isinstance(metrics, dict) or not all(map(_is_metric, metrics.values())):
         raise TypeError(f"{who}: loss returned {metrics!r:.80} for metrics; give {{name: scalar}}")
     metrics = {name: _metric(x) for name, x in metrics.items()}
@@ -76,6 +71,16 @@ def split_loss(
             "init(memory=) what it begins with, of the same structure, shapes and dtypes"
         )
     return value, metrics, jax.tree.map(strong, new)
+
+
+def one_number(value: Any, who: str) -> jax.Array:
+    """Returns the value of a loss, or raises a `TypeError` if it is no floating scalar."""
+    if _is_number(value) and jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    got = getattr(value, "aval", type(value).__name__)
+    raise TypeError(
+        f"{who}: loss returned {got}; return one floating number that JAX computed, such as a mean"
+    )
 
 
 def _is_number(x: Any) -> bool:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from .._options import flag, whole
+from ..distill._core import one_number
 from ._apart import Apart, held_apart, place, wrapped
 from ._line import Line
 from ._passes import forward, gpipe, one_by_one
 from ._slices import Slices
-from ._steps import Training, one_number, training
+from ._steps import Training, training
 from ._timetable import Timetable
 
 Loss = Callable[[Any, Any], jax.Array]

@@ -13,10 +13,9 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from .._encoded import is_encoded
 from ._atom_walk import Followed, axis_of
 from ._atoms import DATA, Atom, Use, flat
-from ._rules import why_not
+from ._rules import bytes_each, why_not
 
 # Branches of the search for the best set; beyond, the heaviest space is simply taken.
 _MOST = 2000
@@ -43,11 +42,6 @@ class Space:
     bytes: int = 0
     entries: int = 0
     cost: int = 0
-
-
-def bytes_of(x: Any) -> int:
-    """Returns the bytes that a parameter is stored in."""
-    return x.storage_bits() // 8 if is_encoded(x) else x.size * x.dtype.itemsize
 
 
 def refused(x: Any, d: int, name: str, size: int) -> str:
@@ -127,7 +121,7 @@ def _weigh(axes: Followed, space: Space, name: str, size: int) -> None:
         why = refused(x, d, name, size)
         whole.append(not why)
         if not why:
-            space.bytes += bytes_of(x)
+            space.bytes += bytes_each(x, PartitionSpec(), {})
             space.entries += x.size
     if not any(whole):
         atom.fix("none of its parameters can be divided")

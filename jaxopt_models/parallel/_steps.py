@@ -109,15 +109,6 @@ def training(
     return Training(init, step)
 
 
-def one_number(value: Any, who: str) -> jax.Array:
-    """Returns what a loss returned, or raises a `TypeError` if it is no floating scalar."""
-    known = isinstance(value, jax.Array) and not value.shape
-    if known and jnp.issubdtype(value.dtype, jnp.floating):
-        return value
-    got = getattr(value, "aval", type(value).__name__)
-    raise TypeError(f"{who}: loss returned {got}; return one floating number, such as a mean")
-
-
 def check_given(state: Any, kind: type, who: str) -> None:
     """Raises a `TypeError` unless it is a state, and a `ValueError` if it was given up."""
     if not isinstance(state, kind):

@@ -9,9 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from .._partition import combine
+from ..distill._core import one_number
 from ._apart import Apart, apart
 from ._slices import Slices
-from ._steps import Training, one_number, training
+from ._steps import Training, training
 
 
 def towers(
